@@ -1,0 +1,34 @@
+# make demo | make test | make lint | make static | make gpu OUT=DIR
+PYTHON ?= python3
+OUT ?= bench/results
+BIN := .venv/bin
+
+.PHONY: demo test lint static gpu clean
+.DEFAULT_GOAL := demo
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; call: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/grpo-fast train --config examples/demo.yaml $(ARGS)
+
+test: .venv/.installed
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+static: .venv/.installed
+	$(BIN)/grpo-fast bench --static
+
+# No network and no .venv: the machine's own Python, torch, triton and transformers are measured.
+gpu:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
+	$(PYTHON) bench/gpu.py --out $(OUT)
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,419 @@
+"""Every option a person can set: two frozen dataclasses, validated when constructed.
+
+`LossConfig` says which loss, `TrainConfig` everything about a run. A YAML file becomes a `TrainConfig`
+through `read_config`; the command line is generated from the same fields (`cli.py`).
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, nearest
+
+# exp(20) = 4.9e8: past any ratio a clip lets through, far below float32 overflow (88).
+DEFAULT_LOG_RATIO_CLAMP = 20.0
+
+
+def _check(condition: bool, name: str, value: Any, expected: str, hint: str = "") -> None:
+    if not condition:
+        raise ConfigError(f"{name} = {value!r} is out of range: expected {expected}{hint}")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    allowed = typing.get_args(choices)
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} = {value!r} is not available: {nearest(str(value), map(str, allowed))}"
+            f"choose one of {', '.join(map(str, allowed))}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Which GRPO loss. Names and meanings are TRL's where TRL has the option."""
+
+    loss_type: LossType = "dapo"
+    """How per-token losses are averaged: `grpo` mean over sequences of each one's token mean, `bnpo` token mean
+    of this call, `dapo` token mean of the whole optimizer step, `dr_grpo` sum / (sequences x
+    max_completion_length)."""
+    epsilon: float = 0.2
+    """Lower clip: the ratio is clipped to at least 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Upper clip: at most 1 + epsilon_high; as epsilon when not given."""
+    delta: float | None = None
+    """Two-sided clip (INTELLECT-2): cap of the unclipped ratio, above 1 + epsilon_high; off when not given."""
+    beta: float = 0.0
+    """Weight of the KL to the reference policy; 0 needs no reference, and KL is then not measured."""
+    kl_estimator: KLEstimator = "k3"
+    """KL estimator with d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d."""
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+    """One ratio per token, or one per sequence: exp of the mean log-ratio (GSPO)."""
+    temperature: float = 1.0
+    """Log-probs are log_softmax(logits / temperature), as sampled."""
+    max_completion_length: int | None = None
+    """The constant of `dr_grpo`; the trainer fills it in."""
+    log_ratio_clamp: float = DEFAULT_LOG_RATIO_CLAMP
+    """Beyond this |log-ratio| a ratio or KL is taken, value and slope, at the limit; such tokens are counted."""
+
+    def __post_init__(self) -> None:
+        _check_choice("loss_type", self.loss_type, LossType)
+        _check_choice(
+            "importance_sampling_level", self.importance_sampling_level, ImportanceSamplingLevel
+        )
+        _check_choice("kl_estimator", self.kl_estimator, KLEstimator)
+        _check(
+            _is_number(self.epsilon) and 0 <= self.epsilon < 1,
+            "epsilon",
+            self.epsilon,
+            "0 <= epsilon < 1",
+        )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        _check(_is_number(high) and high >= 0, "epsilon_high", high, "a finite number >= 0")
+        if self.delta is not None:
+            _check(
+                _is_number(self.delta) and self.delta > 1 + high,
+                "delta",
+                self.delta,
+                f"more than 1 + epsilon_high = {1 + high:g}",
+                ", or leave it out",
+            )
+        _check(_is_number(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number >= 0")
+        _check(
+            _is_number(self.temperature) and self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "a finite number > 0",
+            "; the loss needs the distribution that was sampled, and greedy decoding has none",
+        )
+        if self.max_completion_length is not None:
+            _check(
+                self.max_completion_length > 0,
+                "max_completion_length",
+                self.max_completion_length,
+                "> 0",
+            )
+        _check(
+            _is_number(self.log_ratio_clamp) and 0 < self.log_ratio_clamp <= 80,
+            "log_ratio_clamp",
+            self.log_ratio_clamp,
+            "0 < log_ratio_clamp <= 80 (exp overflows float32 at 88)",
+        )
+
+    @property
+    def clip_high(self) -> float:
+        """`epsilon_high`, or `epsilon` where none was given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+ScaleRewards = Literal["group", "batch", "none"]
+Baseline = Literal["mean", "leave_one_out"]
+Scheduler = Literal["constant", "linear", "cosine"]
+Existing = Literal["refuse", "move"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run. `prompts_per_step` x `group_size` completions make one optimizer step; how they are cut into
+    micro-batches follows from `token_budget` alone and does not change the result."""
+
+    model: str
+    """Hugging Face model directory, or `file.py:function` that makes one: function(directory, seed)."""
+    dataset: str
+    """JSONL file, one object a line: `prompt` (text or chat messages), other columns go to the reward."""
+    reward: tuple[str, ...]
+    """Reward functions as `file.py:function` or `package.module:function`; several are weighted and summed."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight a reward function; all 1 when not given."""
+    eval_dataset: str | None = None
+    """JSONL file of held-out prompts; the last `eval_prompts` rows of `dataset` are held out when not given."""
+    eval_prompts: int = 64
+    """Held-out prompts per evaluation, answered greedily."""
+    output_dir: str = "runs/grpo"
+    """Where checkpoints, metrics, completions and the report go."""
+    existing: Existing = "refuse"
+    """When `output_dir` already holds a run: `refuse` to start, or `move` the old run aside and say where."""
+    resume: bool = False
+    """Go on from the newest intact checkpoint in `output_dir`."""
+
+    prompts_per_step: int = 8
+    """Prompts per optimizer step."""
+    group_size: int = 8
+    """Completions per prompt (TRL: num_generations)."""
+    token_budget: int = 16384
+    """Most tokens, padding included, of one micro-batch; lower it when memory runs out."""
+    max_prompt_length: int = 1024
+    """Longest prompt in tokens; a longer one is refused by row."""
+    max_completion_length: int = 256
+    """Most tokens sampled per completion."""
+    temperature: float = 1.0
+    """Sampling temperature, also of the loss."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the smallest set of tokens with this probability."""
+    scale_rewards: ScaleRewards = "group"
+    """Divide advantages by the group's std, the batch's, or by none (Dr. GRPO)."""
+    baseline: Baseline = "mean"
+    """Subtract the group's mean reward, or the mean of the other members (RLOO)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit max_completion_length out of the loss (DAPO overlong filter)."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "constant"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW beta1."""
+    adam_beta2: float = 0.999
+    """AdamW beta2."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    max_steps: int = 200
+    """Rollouts to train on."""
+    num_iterations: int = 1
+    """Optimizer steps per rollout; from the second on, old log-probs make the clip matter."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
+
+    eval_every: int = 20
+    """Steps between evaluations; 0 evaluates before and after training only."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 1
+    """Steps between progress lines; metrics.jsonl has every step."""
+    log_completions: int = 4
+    """Completions kept per step in completions.jsonl: best, worst and others of one group."""
+    seed: int = 0
+    """Everything random in step k follows from (seed, k)."""
+    dtype: Dtype = "auto"
+    """Parameters and forward; `auto` is bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """`cuda`, `cpu`, or `auto`: a GPU if there is one."""
+    impl: Impl = "auto"
+    """Who computes the loss: `triton` kernels, `torch` in chunks, eager `reference`; `auto` is triton on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dataset", "output_dir"):
+            _check(bool(getattr(self, name)), name, getattr(self, name), "a path")
+        if isinstance(self.reward, str):
+            object.__setattr__(self, "reward", (self.reward,))
+        _check(len(self.reward) > 0, "reward", self.reward, "at least one `file.py:function`")
+        self._check_rewards()
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in _POSITIVE:
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "eval_every",
+            "save_every",
+            "warmup_steps",
+            "weight_decay",
+            "log_completions",
+            "seed",
+        ):
+            _check(
+                _is_number(getattr(self, name)) and getattr(self, name) >= 0,
+                name,
+                getattr(self, name),
+                ">= 0",
+            )
+        for name in ("learning_rate", "max_grad_norm"):
+            _check(
+                _is_number(getattr(self, name)) and getattr(self, name) > 0,
+                name,
+                getattr(self, name),
+                "> 0",
+            )
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= beta < 1")
+        _check(
+            self.group_size >= 2,
+            "group_size",
+            self.group_size,
+            "at least 2",
+            ": an advantage compares a completion with the others of its group, and one alone teaches nothing",
+        )
+        _check(
+            _is_number(self.temperature) and self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "> 0",
+            ": at temperature 0 all completions of a group are the same (evaluation is greedy anyway)",
+        )
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
+        if self.loss.temperature not in (1.0, self.temperature):
+            raise ConfigError(
+                f"loss.temperature = {self.loss.temperature} contradicts temperature = {self.temperature}: the loss "
+                "must use the sampling temperature, leave loss.temperature out"
+            )
+        if self.loss.max_completion_length not in (None, self.max_completion_length):
+            raise ConfigError(
+                f"loss.max_completion_length = {self.loss.max_completion_length} contradicts max_completion_length = "
+                f"{self.max_completion_length}: leave loss.max_completion_length out"
+            )
+
+    def _check_rewards(self) -> None:
+        weights = self.reward_weights
+        if weights and len(weights) != len(self.reward):
+            raise ConfigError(
+                f"reward_weights has {len(weights)} values for {len(self.reward)} reward functions: give one each"
+            )
+        if not all(_is_number(weight) for weight in weights) or (weights and not any(weights)):
+            raise ConfigError(
+                f"reward_weights = {list(weights)}: expected finite numbers, at least one not 0"
+            )
+
+    @property
+    def step_loss(self) -> LossConfig:
+        """The loss as trained: sampling temperature and completion length filled in."""
+        return dataclasses.replace(
+            self.loss,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length,
+        )
+
+
+_CHOICES = {
+    "existing": Existing,
+    "scale_rewards": ScaleRewards,
+    "baseline": Baseline,
+    "lr_scheduler_type": Scheduler,
+    "dtype": Dtype,
+    "impl": Impl,
+}
+_POSITIVE = (
+    "eval_prompts",
+    "prompts_per_step",
+    "token_budget",
+    "max_prompt_length",
+    "max_completion_length",
+    "max_steps",
+    "num_iterations",
+    "keep_checkpoints",
+    "log_every",
+)
+# Inputs a config file may name relative to itself.
+_PATH_FIELDS = ("model", "dataset", "eval_dataset", "reward")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """`yaml.safe_load(open(path))` with every key and type checked against `TrainConfig`; no defaults filled in.
+
+    A relative input path that exists beside the file is meant relative to the file, any other to the working
+    directory. Raises ConfigError naming file, key, value and what was expected.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {path} does not exist: check the path after --config"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"config file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"config file {path} holds {type(values).__name__}, expected `key: value` lines"
+        )
+    checked = parse_fields(TrainConfig, values, where=str(path))
+    for name in _PATH_FIELDS:
+        if isinstance(checked.get(name), str):
+            checked[name] = _beside(path.parent, checked[name])
+        elif isinstance(checked.get(name), tuple):
+            checked[name] = tuple(_beside(path.parent, item) for item in checked[name])
+    return checked
+
+
+def _beside(folder: Path, name: str) -> str:
+    file = name.partition(":")[0]
+    return str(folder / name) if not Path(file).is_absolute() and (folder / file).exists() else name
+
+
+def parse_fields(cls: type, values: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """Check keys and convert values of a plain mapping to the field types of dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise ConfigError(
+                f"{where}: unknown key '{key}': {nearest(name, hints)}known keys are {', '.join(sorted(hints))}"
+            )
+        parsed[name] = _parse(hints[name], value, where=where, key=str(key))
+    return parsed
+
+
+def _parse(kind: Any, value: Any, *, where: str, key: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{where}: {key} = {value!r}, expected a block of `option: value` lines"
+            )
+        return parse_fields(kind, value, where=f"{where}: {key}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        inner = next(arm for arm in typing.get_args(kind) if arm is not type(None))
+        return _parse(inner, value, where=where, key=key)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_parse(typing.get_args(kind)[0], item, where=where, key=key) for item in items)
+    if origin is Literal or kind is str:
+        if isinstance(value, str):
+            return value
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is float and not isinstance(value, bool):
+        # YAML 1.1 reads `1e-6` as text; every trainer's users write it.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    name = "text" if kind is str or origin is Literal else kind.__name__
+    raise ConfigError(f"{where}: {key} = {value!r} is {type(value).__name__}, expected {name}")
+
+
+def build_config(values: dict[str, Any]) -> TrainConfig:
+    """`TrainConfig(**values)` for the mapping of `read_config`, where `loss` is still a mapping."""
+    values = dict(values)
+    if isinstance(values.get("loss"), dict):
+        values["loss"] = LossConfig(**values["loss"])
+    required = [
+        item.name for item in dataclasses.fields(TrainConfig) if item.default is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values and name != "loss"]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not given: set it in the config file or as --{missing[0]}"
+        )
+    return TrainConfig(**values)
