@@ -23,7 +23,8 @@ class AdvantageOutput(NamedTuple):
     group_std: Tensor
     """[P] std of the group's rewards; NaN with fewer than two scored."""
     degenerate: Tensor
-    """[P] bool: fewer than two scored completions, or all rewards equal: the group teaches nothing."""
+    """[P] bool: fewer than two scored completions, or all rewards equal: the group teaches nothing.
+    """
 
 
 def group_advantages(
@@ -39,10 +40,11 @@ def group_advantages(
 ) -> AdvantageOutput:
     """`(r - r.mean()) / (r.std() + eps)` within each group of rewards [S].
 
-    Groups are `group_size` neighbours, or equal `group_ids` [S] in any order and of any size. NaN = could not be
-    scored: left out of mean and std, advantage 0. scale: `group` std, `batch` std of all scored rewards, or `none`
-    (Dr. GRPO); baseline: the group's `mean`, or `leave_one_out`, the mean of the others (RLOO, 2402.14740); unbiased:
-    std over n - 1. Results float32. Raises InputError for inf, for a group of one, for sizes that do not fit.
+    Groups are `group_size` neighbours, or equal `group_ids` [S] in any order and of any size. NaN =
+    could not be scored: left out of mean and std, advantage 0. scale: `group` std, `batch` std of
+    all scored rewards, or `none` (Dr. GRPO); baseline: the group's `mean`, or `leave_one_out`, the
+    mean of the others (RLOO, 2402.14740); unbiased: std over n - 1. Results float32. Raises
+    InputError for inf, for a group of one, for sizes that do not fit.
     """
     rewards = torch.as_tensor(rewards)
     if rewards.dim() != 1 or rewards.is_complex():
@@ -55,7 +57,8 @@ def group_advantages(
     if rewards.isinf().any():
         row = int(rewards.isinf().nonzero()[0])
         raise InputError(
-            f"rewards[{row}] is {rewards[row].item()}, expected a finite number, or NaN for 'not scored'"
+            f"rewards[{row}] is {rewards[row].item()}, expected a finite number, or NaN for 'not "
+            "scored'"
         )
     _check_choice("scale", scale, ("group", "batch", "none"))
     _check_choice("baseline", baseline, ("mean", "leave_one_out"))
@@ -83,7 +86,8 @@ def group_advantages(
     if scale == "batch":
         scored = rewards[~rewards.isnan()]
         spread = scored.std(correction=int(unbiased)) if len(scored) >= 2 else rewards.new_zeros(())
-        advantages = advantages / (spread + eps)
+        # 0 stays 0 also where all rewards are equal and eps is 0
+        advantages = torch.where(advantages == 0, 0.0, advantages / (spread + eps))
     return AdvantageOutput(advantages, result.mean, result.std, result.degenerate)
 
 
@@ -98,13 +102,15 @@ def _groups(
     """(order [S] or None, offsets [P+1]): members of group p are order[offsets[p]:offsets[p+1]]."""
     if (group_size is None) == (group_ids is None):
         raise InputError(
-            "give either group_size (neighbours form a group) or group_ids [S], not both and not neither"
+            "give either group_size (neighbours form a group) or group_ids [S], not both and not "
+            "neither"
         )
     count = len(rewards)
     if group_ids is None:
         if group_size < 2:
             raise InputError(
-                f"group_size = {group_size}, expected at least 2: an advantage compares group members"
+                f"group_size = {group_size}, expected at least 2: an advantage compares group "
+                "members"
             )
         if count % group_size:
             raise InputError(
@@ -114,7 +120,8 @@ def _groups(
     group_ids = torch.as_tensor(group_ids, device=rewards.device)
     if group_ids.shape != rewards.shape or group_ids.is_floating_point():
         raise InputError(
-            f"group_ids has shape {tuple(group_ids.shape)} and dtype {group_ids.dtype}, expected integers "
+            f"group_ids has shape {tuple(group_ids.shape)} and dtype {group_ids.dtype}, expected "
+            "integers "
             f"{tuple(rewards.shape)} like rewards"
         )
     order = torch.argsort(group_ids, stable=True)

@@ -1,4 +1,5 @@
-"""One autograd.Function an op. Losses make their gradient in the forward and only scale it in the backward.
+"""One autograd.Function an op. Losses make their gradient in the forward and only scale it in the
+backward.
 
 Shapes: `N` rows, `D` hidden, `V` vocabulary. `kernels` are the launchers of one implementation.
 """

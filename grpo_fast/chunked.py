@@ -1,8 +1,10 @@
-"""Hidden states and head to loss and gradients, one chunk of tokens at a time: no [N, V] tensor ever exists.
+"""Hidden states and head to loss and gradients, one chunk of tokens at a time: no [N, V] tensor
+ever exists.
 
-Shapes: `N` rows, `D` hidden, `V` vocabulary. `kernels` is `grpo_kernels` or `torch_kernels`: both have the same
-launchers. Costs in head GEMMs G = 2 N D V FLOP: log-probs 1G; a token-level loss 3G, because its slope in the
-logits is known as soon as a chunk's logits are; a sequence-level loss 4G, because it is not.
+Shapes: `N` rows, `D` hidden, `V` vocabulary. `kernels` is `grpo_kernels` or `torch_kernels`: both
+have the same launchers. Costs in head GEMMs G = 2 N D V FLOP: log-probs 1G; a token-level loss 3G,
+because its slope in the logits is known as soon as a chunk's logits are; a sequence-level loss 4G,
+because it is not.
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """float32 (float64) logits of a chunk [n, D]; `weight` is `self.weight` as `operand` made it."""
-        if on_tensor_cores(hidden, weight):
+        """float32 (float64) logits of a chunk [n, D]; `weight` is `self.weight` as `operand` made
+        it."""
+        if on_tensor_cores(hidden):
             tile = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         else:
             tile = torch.mm(hidden.to(weight.dtype), weight.t())
@@ -58,19 +61,20 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def on_tensor_cores(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `torch.mm(..., out_dtype=torch.float32)` multiplies these as they are and accumulates in float32."""
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    return hidden.is_cuda and half and weight.dtype == hidden.dtype
+def on_tensor_cores(hidden: Tensor) -> bool:
+    """Whether the GEMMs take half-precision operands and accumulate in float32."""
+    return hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
 
 
 def operand(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The head as GEMM operand: as it is on tensor cores, widened once elsewhere so that no product is rounded."""
-    return weight if on_tensor_cores(hidden, weight) else weight.to(exact_dtype(hidden))
+    """The head as GEMM operand: in hidden's dtype on tensor cores (as autocast would), widened once
+    elsewhere."""
+    return weight.to(hidden.dtype if on_tensor_cores(hidden) else exact_dtype(hidden))
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else: the dtype of log-probs, losses and accumulators."""
+    """float64 for float64, float32 for everything else: the dtype of log-probs, losses and
+    accumulators."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -87,7 +91,8 @@ def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Accumulator:
-    """d(hidden), d(weight), d(bias) of a head, in the exact dtype, summed over chunks; only those `needed`."""
+    """d(hidden), d(weight), d(bias) of a head, in the exact dtype, summed over chunks; only those
+    `needed`."""
 
     def __init__(self, hidden: Tensor, head: Head, weight: Tensor, needed: tuple[bool, bool, bool]):
         exact = exact_dtype(hidden)
@@ -97,10 +102,11 @@ class _Accumulator:
         self.bias = torch.zeros_like(head.bias, dtype=exact) if needed[2] else None
 
     def add(self, rows: slice, hidden: Tensor, dlogits: Tensor) -> None:
-        """dlogits [n, V] in the exact dtype, of rows `rows` whose hidden states are `hidden` [n, D]."""
+        """dlogits [n, V] in the exact dtype, of rows `rows` whose hidden states are `hidden` [n,
+        D]."""
         if self.bias is not None:
             self.bias += dlogits.sum(0)
-        if not on_tensor_cores(hidden, self.operand):
+        if not on_tensor_cores(hidden):
             if self.hidden is not None:
                 torch.mm(dlogits, self.operand, out=self.hidden[rows])
             if self.weight is not None:
@@ -139,7 +145,8 @@ def logprob_forward(
     return_entropy: bool,
     kernels: ModuleType,
 ) -> LogProbRows:
-    """`log_softmax(head(hidden) / temperature)` at the targets, log-sum-exp and entropy: 1G. All [N]."""
+    """`log_softmax(head(hidden) / temperature)` at the targets, log-sum-exp and entropy: 1G. All
+    [N]."""
     exact, rows = exact_dtype(hidden), hidden.shape[0]
     out = LogProbRows(*(hidden.new_empty(rows, dtype=exact) for _ in range(3)))
     weight = operand(hidden, head.weight)
@@ -223,7 +230,7 @@ def linear_loss(
     needed: tuple[bool, bool, bool],
     kernels: ModuleType,
 ) -> LossResult:
-    """Loss rows of `head(hidden)` and, where `needed`, their gradients in (hidden, weight, bias)."""
+    """Loss rows of `head(hidden)` and, where `needed`, gradients in (hidden, weight, bias)."""
     if config.importance_sampling_level == "sequence":
         return _sequence_level(hidden, head, rows, config, needed=needed, kernels=kernels)
     exact, count = exact_dtype(hidden), hidden.shape[0]
@@ -276,7 +283,8 @@ def _sequence_level(
     needed: tuple[bool, bool, bool],
     kernels: ModuleType,
 ) -> LossResult:
-    """A sequence's ratio waits for its last token: log-probs first, then the logits once more for the gradient."""
+    """A sequence's ratio waits for its last token: log-probs first, then the logits once more for
+    the gradient."""
     common = {"temperature": config.temperature, "mask": rows.mask, "kernels": kernels}
     tokens = logprob_forward(hidden, head, rows.targets, return_entropy=True, **common)
     logp = torch.where(rows.mask, tokens.logp, 0.0)

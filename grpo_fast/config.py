@@ -1,7 +1,7 @@
 """Every option a person can set: two frozen dataclasses, validated when constructed.
 
-`LossConfig` says which loss, `TrainConfig` everything about a run. A YAML file becomes a `TrainConfig`
-through `read_config`; the command line is generated from the same fields (`cli.py`).
+`LossConfig` says which loss, `TrainConfig` everything about a run. A YAML file becomes a
+`TrainConfig` through `read_config`; the command line is generated from the same fields (`cli.py`).
 """
 
 import dataclasses
@@ -46,17 +46,20 @@ class LossConfig:
     """Which GRPO loss. Names and meanings are TRL's where TRL has the option."""
 
     loss_type: LossType = "dapo"
-    """How per-token losses are averaged: `grpo` mean over sequences of each one's token mean, `bnpo` token mean
-    of this call, `dapo` token mean of the whole optimizer step, `dr_grpo` sum / (sequences x
+    """How per-token losses are averaged: `grpo` mean over sequences of each one's token mean,
+    `bnpo` token mean of this call, `dapo` token mean of the whole optimizer step, `dr_grpo` sum /
+    (sequences x
     max_completion_length)."""
     epsilon: float = 0.2
     """Lower clip: the ratio is clipped to at least 1 - epsilon."""
     epsilon_high: float | None = None
     """Upper clip: at most 1 + epsilon_high; as epsilon when not given."""
     delta: float | None = None
-    """Two-sided clip (INTELLECT-2): cap of the unclipped ratio, above 1 + epsilon_high; off when not given."""
+    """Two-sided clip (INTELLECT-2): cap of the unclipped ratio, above 1 + epsilon_high; off when
+    not given."""
     beta: float = 0.0
-    """Weight of the KL to the reference policy; 0 needs no reference, and KL is then not measured."""
+    """Weight of the KL to the reference policy; 0 needs no reference, and KL is then not measured.
+    """
     kl_estimator: KLEstimator = "k3"
     """KL estimator with d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d."""
     importance_sampling_level: ImportanceSamplingLevel = "token"
@@ -66,7 +69,8 @@ class LossConfig:
     max_completion_length: int | None = None
     """The constant of `dr_grpo`; the trainer fills it in."""
     log_ratio_clamp: float = DEFAULT_LOG_RATIO_CLAMP
-    """Beyond this |log-ratio| a ratio or KL is taken, value and slope, at the limit; such tokens are counted."""
+    """Beyond this |log-ratio| a ratio or KL is taken, value and slope, at the limit; such tokens
+    are counted."""
 
     def __post_init__(self) -> None:
         _check_choice("loss_type", self.loss_type, LossType)
@@ -128,25 +132,31 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One run. `prompts_per_step` x `group_size` completions make one optimizer step; how they are cut into
+    """One run. `prompts_per_step` x `group_size` completions make one optimizer step; how they are
+    cut into
     micro-batches follows from `token_budget` alone and does not change the result."""
 
     model: str
-    """Hugging Face model directory, or `file.py:function` that makes one: function(directory, seed)."""
+    """Hugging Face model directory, or `file.py:function` that makes one: function(directory,
+    seed)."""
     dataset: str
-    """JSONL file, one object a line: `prompt` (text or chat messages), other columns go to the reward."""
+    """JSONL file, one object a line: `prompt` (text or chat messages), other columns go to the
+    reward."""
     reward: tuple[str, ...]
-    """Reward functions as `file.py:function` or `package.module:function`; several are weighted and summed."""
+    """Reward functions as `file.py:function` or `package.module:function`; several are weighted and
+    summed."""
     reward_weights: tuple[float, ...] = ()
     """One weight a reward function; all 1 when not given."""
     eval_dataset: str | None = None
-    """JSONL file of held-out prompts; the last `eval_prompts` rows of `dataset` are held out when not given."""
+    """JSONL file of held-out prompts; the last `eval_prompts` rows of `dataset` are held out when
+    not given."""
     eval_prompts: int = 64
     """Held-out prompts per evaluation, answered greedily."""
     output_dir: str = "runs/grpo"
     """Where checkpoints, metrics, completions and the report go."""
     existing: Existing = "refuse"
-    """When `output_dir` already holds a run: `refuse` to start, or `move` the old run aside and say where."""
+    """When `output_dir` already holds a run: `refuse` to start, or `move` the old run aside and say
+    where."""
     resume: bool = False
     """Go on from the newest intact checkpoint in `output_dir`."""
 
@@ -209,7 +219,8 @@ class TrainConfig:
     device: str = "auto"
     """`cuda`, `cpu`, or `auto`: a GPU if there is one."""
     impl: Impl = "auto"
-    """Who computes the loss: `triton` kernels, `torch` in chunks, eager `reference`; `auto` is triton on a GPU."""
+    """Who computes the loss: `triton` kernels, `torch` in chunks, eager `reference`; `auto` is
+    triton on a GPU."""
 
     def __post_init__(self) -> None:
         for name in ("model", "dataset", "output_dir"):
@@ -250,24 +261,28 @@ class TrainConfig:
             "group_size",
             self.group_size,
             "at least 2",
-            ": an advantage compares a completion with the others of its group, and one alone teaches nothing",
+            ": an advantage compares a completion with the others of its group, and one alone "
+            "teaches nothing",
         )
         _check(
             _is_number(self.temperature) and self.temperature > 0,
             "temperature",
             self.temperature,
             "> 0",
-            ": at temperature 0 all completions of a group are the same (evaluation is greedy anyway)",
+            ": at temperature 0 all completions of a group are the same (evaluation is greedy "
+            "anyway)",
         )
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         if self.loss.temperature not in (1.0, self.temperature):
             raise ConfigError(
-                f"loss.temperature = {self.loss.temperature} contradicts temperature = {self.temperature}: the loss "
+                f"loss.temperature = {self.loss.temperature} contradicts temperature = "
+                f"{self.temperature}: the loss "
                 "must use the sampling temperature, leave loss.temperature out"
             )
         if self.loss.max_completion_length not in (None, self.max_completion_length):
             raise ConfigError(
-                f"loss.max_completion_length = {self.loss.max_completion_length} contradicts max_completion_length = "
+                f"loss.max_completion_length = {self.loss.max_completion_length} contradicts "
+                "max_completion_length = "
                 f"{self.max_completion_length}: leave loss.max_completion_length out"
             )
 
@@ -275,7 +290,8 @@ class TrainConfig:
         weights = self.reward_weights
         if weights and len(weights) != len(self.reward):
             raise ConfigError(
-                f"reward_weights has {len(weights)} values for {len(self.reward)} reward functions: give one each"
+                f"reward_weights has {len(weights)} values for {len(self.reward)} reward "
+                "functions: give one each"
             )
         if not all(_is_number(weight) for weight in weights) or (weights and not any(weights)):
             raise ConfigError(
@@ -316,10 +332,11 @@ _PATH_FIELDS = ("model", "dataset", "eval_dataset", "reward")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """`yaml.safe_load(open(path))` with every key and type checked against `TrainConfig`; no defaults filled in.
+    """`yaml.safe_load(open(path))` with every key and type checked against `TrainConfig`; no
+    defaults filled in.
 
-    A relative input path that exists beside the file is meant relative to the file, any other to the working
-    directory. Raises ConfigError naming file, key, value and what was expected.
+    A relative input path that exists beside the file is meant relative to the file, any other to
+    the working directory. Raises ConfigError naming file, key, value and what was expected.
     """
     import yaml
 
@@ -362,7 +379,8 @@ def parse_fields(cls: type, values: dict[str, Any], *, where: str) -> dict[str, 
         name = str(key).replace("-", "_")
         if name not in hints:
             raise ConfigError(
-                f"{where}: unknown key '{key}': {nearest(name, hints)}known keys are {', '.join(sorted(hints))}"
+                f"{where}: unknown key '{key}': {nearest(name, hints)}known keys are "
+                f"{', '.join(sorted(hints))}"
             )
         parsed[name] = _parse(hints[name], value, where=where, key=str(key))
     return parsed

@@ -1,11 +1,12 @@
-"""Every error a user can cause, as one family: what is wrong, where, what was expected, what to do."""
+"""Every error a user can cause, one family: what is wrong, where, what was expected, what to do."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class GrpoFastError(Exception):
-    """Base of all errors raised on purpose; the command line prints it as one line and exits with 2."""
+    """Base of all errors raised on purpose; the command line prints it as one line and exits with
+    2."""
 
 
 class InputError(GrpoFastError, ValueError):

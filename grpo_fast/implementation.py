@@ -1,4 +1,5 @@
-"""Who computes: Triton kernels, chunked PyTorch, or the eager reference. Chosen per call, never changed silently."""
+"""Who computes: Triton kernels, chunked PyTorch, or the eager reference. Chosen per call, never
+changed silently."""
 
 import functools
 import logging
@@ -15,7 +16,8 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 
 def resolve_impl(impl: str, tensor: Tensor) -> str:
-    """`auto` -> `triton` for a CUDA tensor of at most 32 bits, else `torch`; checks that the choice can run."""
+    """`auto` -> `triton` for a CUDA tensor of at most 32 bits, else `torch`; checks that the choice
+    can run."""
     if impl not in IMPLEMENTATIONS:
         raise InputError(
             f"impl = {impl!r} is not available: {nearest(str(impl), IMPLEMENTATIONS)}"
@@ -27,12 +29,15 @@ def resolve_impl(impl: str, tensor: Tensor) -> str:
     if impl == "triton":
         if tensor.dtype == torch.float64:
             raise InputError(
-                "impl = 'triton' computes in float32, found float64: use impl='torch' or 'reference'"
+                "impl = 'triton' computes in float32, found float64: use impl='torch' or "
+                "'reference'"
             )
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError(
-                f"impl = 'triton' needs a CUDA tensor, found one on {tensor.device}: use impl='torch', or set "
-                "TRITON_INTERPRET=1 before the first import of triton to run the kernels in its interpreter"
+                f"impl = 'triton' needs a CUDA tensor, found one on {tensor.device}: use "
+                "impl='torch', or set "
+                "TRITON_INTERPRET=1 before the first import of triton to run the kernels in its "
+                "interpreter"
             )
     return impl
 

@@ -1,10 +1,12 @@
 """What a caller passes, as flat rows, or an InputError that names the argument.
 
-Padded [S, L] and packed [T] become the same thing: `N` rows, and where anything is per sequence, `Segments`.
+Padded [S, L] and packed [T] become the same thing: `N` rows, and where anything is per sequence,
+`Segments`.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,7 +67,8 @@ def check_targets(targets: Tensor, expected: torch.Size, device: torch.device, n
 
 
 def check_ids(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """Live ids must lie in the vocabulary. Looked at on a CPU only: on a GPU such a row gives NaN instead of a sync."""
+    """Live ids must lie in the vocabulary. Looked at on a CPU only: on a GPU such a row gives NaN
+    instead of a sync."""
     if targets.device.type != "cpu":
         return
     bad = (targets < 0) | (targets >= vocabulary)
@@ -104,7 +107,8 @@ def read_mask(mask: Tensor | None, targets: Tensor) -> Tensor:
     check_device("mask", mask, targets.device)
     if mask.dtype == torch.bool:
         return mask
-    # A float mask is rare and may hold fractions, so it is worth a sync; integers are looked at on a CPU only.
+    # A float mask is rare and may hold fractions, so it is worth a sync; integers are looked at on
+    # a CPU only.
     if mask.is_floating_point() or mask.device.type == "cpu":
         bad = (mask != 0) & (mask != 1)
         if bad.any():
@@ -163,9 +167,10 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> No
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != rows:
         raise InputError(
-            f"cu_seqlens goes from {offsets[0]} to {offsets[-1]}, expected from 0 to {rows}, the number of targets"
+            f"cu_seqlens goes from {offsets[0]} to {offsets[-1]}, expected from 0 to {rows}, the "
+            "number of targets"
         )
-    for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise InputError(
                 f"cu_seqlens[{index + 1}] = {end} is below cu_seqlens[{index}] = {start}: sort it"
@@ -199,7 +204,8 @@ def _check_finite(name: str, values: Tensor, mask: Tensor, shape: torch.Size) ->
             index = int(bad.nonzero()[0])
             where = torch.unravel_index(torch.tensor(index), shape)
             raise InputError(
-                f"{name} at token {[int(i) for i in where]} is {values[index].item()}, expected a finite number: "
+                f"{name} at token {[int(i) for i in where]} is {values[index].item()}, expected a "
+                "finite number: "
                 "leave completions that could not be scored out with advantage 0"
             )
 
@@ -239,11 +245,13 @@ def loss_rows(
         and config.max_completion_length is None
     ):
         raise InputError(
-            "loss_type 'dr_grpo' divides by max_completion_length: set it in LossConfig, or denominator"
+            "loss_type 'dr_grpo' divides by max_completion_length: set it in LossConfig, or "
+            "denominator"
         )
     if config.beta and ref_logprobs is None:
         raise InputError(
-            f"beta = {config.beta} needs ref_logprobs {tuple(targets.shape)}: pass them or set beta = 0"
+            f"beta = {config.beta} needs ref_logprobs {tuple(targets.shape)}: pass them or set "
+            "beta = 0"
         )
     per_row = _advantages(advantages, targets, segments, dtype)
     _check_finite("advantages", per_row, live, targets.shape)

@@ -1,6 +1,8 @@
-"""Choices of formula: what one token's loss is, and how tokens add up. Pure functions of per-token vectors.
+"""Choices of formula: what one token's loss is, and how tokens add up. Pure functions of per-token
+vectors.
 
-Shapes: `N` rows (tokens), `S` sequences. Every vector is [N] unless said otherwise; nothing here sees the vocabulary.
+Shapes: `N` rows (tokens), `S` sequences. Every vector is [N] unless said otherwise; nothing here
+sees the vocabulary.
 """
 
 from typing import NamedTuple
@@ -12,7 +14,8 @@ from .config import LossConfig
 
 
 class Segments(NamedTuple):
-    """Where sequences begin and end in the rows: `lengths` counts live rows, `ids` names each row's sequence."""
+    """Where sequences begin and end in the rows: `lengths` counts live rows, `ids` names each row's
+    sequence."""
 
     cu_seqlens: Tensor
     """[S+1], first 0, last N."""
@@ -42,7 +45,8 @@ def clip_objective(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Ten
 
 
 def kl_divergence(logp: Tensor, ref_logp: Tensor, config: LossConfig) -> Tensor:
-    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d = logp - ref_logp (Schulman, "Approximating KL divergence")."""
+    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d = logp - ref_logp (Schulman,
+    "Approximating KL divergence")."""
     d = clamped(logp - ref_logp, config.log_ratio_clamp)
     if config.kl_estimator == "k1":
         return d
@@ -71,8 +75,8 @@ def policy_terms(
 ) -> PolicyTerms:
     """Loss and its slope in logp for live rows (masked ones have weight 0 and hold zeros).
 
-    Token level: one ratio a row. Sequence level (GSPO, 2507.18071): ratio = exp(mean of log-ratios of the sequence),
-    which needs `segments` and the `segment_reduce` of the chosen implementation.
+    Token level: one ratio a row. Sequence level (GSPO, 2507.18071): ratio = exp(mean of log-ratios
+    of the sequence), which needs `segments` and the `segment_reduce` of the chosen implementation.
     """
     sequence_level = config.importance_sampling_level == "sequence"
     # On policy the log-ratio is exactly 0, the ratio exactly 1.
@@ -107,7 +111,8 @@ def policy_terms(
 
 
 def _active(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
-    """Where the clip lets a gradient through; NaN ratios and advantages count as active so that they surface."""
+    """Where the clip lets a gradient through; NaN ratios and advantages count as active so that
+    they surface."""
     blocked = torch.where(advantages > 0, ratio > 1 + config.clip_high, ratio < 1 - config.epsilon)
     if config.delta is not None:
         blocked = blocked | (ratio > config.delta)
@@ -125,7 +130,8 @@ def token_weights(
     """The aggregation as one weight a token, loss = sum(weights x per-token loss): [N] bool -> [N].
 
     `grpo` 1 / (S n_i), `bnpo` and `dapo` 1 / N_live, `dr_grpo` 1 / (S x max_completion_length);
-    `denominator` replaces S, N_live and S x max_completion_length, so that micro-batches add up to the step.
+    `denominator` replaces S, N_live and S x max_completion_length, so that micro-batches add up to
+    the step.
     """
     live = mask.to(dtype)
     if config.loss_type == "grpo":
@@ -137,7 +143,8 @@ def token_weights(
     if denominator is not None:
         return live / denominator
     if config.loss_type == "dr_grpo":
-        assert segments is not None and config.max_completion_length is not None
+        assert segments is not None
+        assert config.max_completion_length is not None
         return live / (max(segments.lengths.numel(), 1) * config.max_completion_length)
     return live / live.sum().clamp(min=1)
 
@@ -155,7 +162,8 @@ def loss_metrics(
     sampler_logp: Tensor | None,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Means over live tokens as 0-d tensors on the device, TRL's names; a quantity not measured has no entry."""
+    """Means over live tokens as 0-d tensors on the device, TRL's names; a quantity not measured has
+    no entry."""
     live = mask.to(torch.float32)
     count = live.sum()
 

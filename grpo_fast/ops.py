@@ -1,7 +1,8 @@
-"""Public differentiable ops: check the arguments, pick the implementation, one small autograd.Function each.
+"""Public differentiable ops: check the arguments, pick the implementation, one small
+autograd.Function each.
 
-Shapes: padded `[S, L]` or packed `[T]` tokens, `D` hidden, `V` vocabulary. Row t of `hidden` or `logits` is the one
-that *predicts* `targets[t]`: nothing is shifted in here.
+Shapes: padded `[S, L]` or packed `[T]` tokens, `D` hidden, `V` vocabulary. Row t of `hidden` or
+`logits` is the one that *predicts* `targets[t]`: nothing is shifted in here.
 """
 
 from typing import NamedTuple
@@ -110,18 +111,21 @@ def linear_grpo_loss(
     config: LossConfig = LossConfig(),  # noqa: B008 - frozen
     impl: str = "auto",
 ) -> LossOutput:
-    """`grpo_loss(hidden @ weight.T + bias, targets, advantages, ...)` without ever holding the logits.
+    """`grpo_loss(hidden @ weight.T + bias, targets, advantages, ...)` without ever holding the
+    logits.
 
-    hidden [S, L, D] with targets [S, L], or packed [T, D] with targets [T] and cu_seqlens [S+1]; weight [V, D], bias
-    [V]. advantages [S] or shaped like targets; mask, old_logprobs, ref_logprobs, sampler_logprobs like targets.
-    Without old_logprobs the policy is its own: the ratio is exactly 1. `denominator` replaces the normaliser (number
-    of sequences for `grpo`, of tokens for `bnpo` and `dapo`, sequences x max_completion_length for `dr_grpo`), so
-    that losses of micro-batches add up to the loss of the step. hidden and weight float32, bfloat16, float16 or
-    float64; arithmetic, logprobs and entropy float32 (float64 for float64). The gradient is made in the forward (3
-    head GEMMs, 4 at sequence level) and can be taken any number of times, but not differentiated again.
+    hidden [S, L, D] with targets [S, L], or packed [T, D] with targets [T] and cu_seqlens [S+1];
+    weight [V, D], bias [V]. advantages [S] or shaped like targets; mask, old_logprobs,
+    ref_logprobs, sampler_logprobs like targets. Without old_logprobs the policy is its own: the
+    ratio is exactly 1. `denominator` replaces the normaliser (number of sequences for `grpo`, of
+    tokens for `bnpo` and `dapo`, sequences x max_completion_length for `dr_grpo`), so that losses
+    of micro-batches add up to the loss of the step. hidden and weight float32, bfloat16, float16 or
+    float64; arithmetic, logprobs and entropy float32 (float64 for float64). The gradient is made in
+    the forward (3 head GEMMs, 4 at sequence level) and can be taken any number of times, but not
+    differentiated again.
 
-    Raises InputError naming argument, found and expected. Sources: 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783
-    (Dr. GRPO), 2507.18071 (GSPO).
+    Raises InputError naming argument, found and expected. Sources: 2402.03300 (GRPO), 2503.14476
+    (DAPO), 2503.20783 (Dr. GRPO), 2507.18071 (GSPO).
     """
     _check_linear(hidden, weight, bias, targets)
     impl = resolve_impl(impl, hidden)
@@ -161,10 +165,11 @@ def grpo_loss(
     config: LossConfig = LossConfig(),  # noqa: B008 - frozen
     impl: str = "auto",
 ) -> LossOutput:
-    """`policy_loss(log_softmax(logits / temperature).gather(targets))`, from logits [S, L, V] or packed [T, V].
+    """`policy_loss(log_softmax(logits / temperature).gather(targets))`, from logits [S, L, V] or
+    packed [T, V].
 
-    Everything else as in `linear_grpo_loss`. The gradient is made in the forward, in a tensor of its own; `logits`
-    are left as they are.
+    Everything else as in `linear_grpo_loss`. The gradient is made in the forward, in a tensor of
+    its own; `logits` are left as they are.
     """
     _check_logits(logits, targets)
     impl = resolve_impl(impl, logits)
@@ -214,11 +219,13 @@ def linear_logprob(
     return_entropy: bool = False,
     impl: str = "auto",
 ) -> LogProbOutput:
-    """`log_softmax(cap(logit_scale * (hidden @ weight.T + bias)) / temperature).gather(targets)`, logits never held.
+    """`log_softmax(cap(logit_scale * (hidden @ weight.T + bias)) / temperature).gather(targets)`,
+    logits never held.
 
-    `cap(x) = softcap * tanh(x / softcap)`, or x without softcap. hidden [S, L, D] or [T, D], weight [V, D], targets
-    [S, L] or [T]; temperature a number or a tensor shaped like targets. Results float32, shaped like targets,
-    differentiable in hidden, weight and bias (logits are recomputed: 1 head GEMM forward, 3 backward).
+    `cap(x) = softcap * tanh(x / softcap)`, or x without softcap. hidden [S, L, D] or [T, D], weight
+    [V, D], targets [S, L] or [T]; temperature a number or a tensor shaped like targets. Results
+    float32, shaped like targets, differentiable in hidden, weight and bias (logits are recomputed:
+    1 head GEMM forward, 3 backward).
     """
     _check_linear(hidden, weight, bias, targets)
     impl = resolve_impl(impl, hidden)
@@ -246,10 +253,12 @@ def token_logprob(
     return_entropy: bool = False,
     impl: str = "auto",
 ) -> LogProbOutput:
-    """`log_softmax(logits / temperature, -1).gather(-1, targets)` and the entropy, differentiable in the logits.
+    """`log_softmax(logits / temperature, -1).gather(-1, targets)` and the entropy, differentiable
+    in the logits.
 
-    logits [S, L, V] or [T, V], targets [S, L] or [T]; temperature a number or a tensor shaped like targets. Results
-    float32 (float64 for float64), shaped like targets; the gradient has the logits' dtype.
+    logits [S, L, V] or [T, V], targets [S, L] or [T]; temperature a number or a tensor shaped like
+    targets. Results float32 (float64 for float64), shaped like targets; the gradient has the
+    logits' dtype.
     """
     _check_logits(logits, targets)
     impl = resolve_impl(impl, logits)
@@ -276,7 +285,8 @@ def _reference_logprob(
 
 
 class GRPOLoss(nn.Module):
-    """`linear_grpo_loss(..., config=config, impl=impl)` as a module, for loops that build their loss once."""
+    """`linear_grpo_loss(..., config=config, impl=impl)` as a module, for loops that build their
+    loss once."""
 
     def __init__(self, config: LossConfig = LossConfig(), *, impl: str = "auto"):  # noqa: B008 - frozen
         super().__init__()

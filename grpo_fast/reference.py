@@ -1,8 +1,8 @@
 """The specification: every op in eager PyTorch, on any device, in any floating dtype.
 
-Shapes: `N` rows, `V` vocabulary, `D` hidden, `S` sequences, `T` packed tokens, `P` groups. Nothing here is fast and
-nothing is chunked; gradients are autograd's own. Kernels, `torch_kernels` and `ops` are tested against this file in
-float64, and this file imports none of them.
+Shapes: `N` rows, `V` vocabulary, `D` hidden, `S` sequences, `T` packed tokens, `P` groups. Nothing
+here is fast and nothing is chunked; gradients are autograd's own. Kernels, `torch_kernels` and
+`ops` are tested against this file in float64, and this file imports none of them.
 """
 
 import math
@@ -36,12 +36,14 @@ def token_logprob(logits: Tensor, targets: Tensor, *, temperature: float | Tenso
 
 
 def clamped(log_ratio: Tensor, limit: float) -> Tensor:
-    """`log_ratio.clamp(-limit, limit)` whose slope stays 1, so that a far-off token is still pulled back."""
+    """`log_ratio.clamp(-limit, limit)` whose slope stays 1, so that a far-off token is still pulled
+    back."""
     return log_ratio + (log_ratio.clamp(-limit, limit) - log_ratio).detach()
 
 
 def kl_divergence(logp: Tensor, ref_logp: Tensor, *, estimator: str, limit: float) -> Tensor:
-    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d with d = logp - ref_logp (Schulman, "Approximating KL divergence")."""
+    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d with d = logp - ref_logp (Schulman, "Approximating
+    KL divergence")."""
     d = clamped(logp - ref_logp, limit)
     return {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d}[
         estimator
@@ -51,7 +53,8 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, *, estimator: str, limit: floa
 def clip_objective(
     ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float, delta: float | None
 ) -> Tensor:
-    """`-min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)` (PPO; delta: INTELLECT-2)."""
+    """`-min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)` (PPO; delta:
+    INTELLECT-2)."""
     capped = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(
         capped * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
@@ -83,7 +86,8 @@ def policy_loss(
     kl_estimator: str = "k3",
     log_ratio_clamp: float = 20.0,
 ) -> PolicyRows:
-    """Token-level GRPO of N rows, from logits [N, V]; everything else is [N]. `weights` is the aggregation, 0 = masked.
+    """Token-level GRPO of N rows, from logits [N, V]; everything else is [N]. `weights` is the
+    aggregation, 0 = masked.
 
     A row of weight 0 adds exactly 0 to everything, whatever it holds.
     """
@@ -115,7 +119,8 @@ def policy_loss(
 
 
 def segment_reduce(x: Tensor, cu_seqlens: Tensor, *, reduce: str = "sum") -> Tensor:
-    """`[reduce(x[a:b]) for a, b in pairwise(cu_seqlens)]`: x [T], cu_seqlens [S+1] -> [S]; an empty segment is 0."""
+    """`[reduce(x[a:b]) for a, b in pairwise(cu_seqlens)]`: x [T], cu_seqlens [S+1] -> [S]; an empty
+    segment is 0."""
     parts = [x[a:b] for a, b in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True)]
     sums = torch.stack([part.sum() for part in parts]) if parts else x.new_zeros(0)
     return sums if reduce == "sum" else sums / torch.diff(cu_seqlens).clamp(min=1).to(x.dtype)
@@ -137,10 +142,12 @@ def group_advantage(
     unbiased: bool = True,
     eps: float = 1e-4,
 ) -> GroupAdvantage:
-    """`(r - mean_group) / (std + eps)` for rewards [S]; NaN rewards are left out of every statistic, advantage 0.
+    """`(r - mean_group) / (std + eps)` for rewards [S]; NaN rewards are left out of every
+    statistic, advantage 0.
 
-    `mean`, `std` (of the group, NaN where undefined) and `degenerate` (fewer than two scored members, or all equal)
-    are [P], groups in ascending id. `leave_one_out` subtracts the mean of the other members.
+    `mean`, `std` (of the group, NaN where undefined) and `degenerate` (fewer than two scored
+    members, or all equal) are [P], groups in ascending id. `leave_one_out` subtracts the mean of
+    the other members.
     """
     ids = torch.unique(group_ids)
     mean, std = rewards.new_full((len(ids),), math.nan), rewards.new_full((len(ids),), math.nan)
@@ -155,21 +162,23 @@ def group_advantage(
         if len(r) >= 2:
             std[p] = r.std(correction=int(unbiased))
             degenerate[p] = bool((r == r[0]).all())
+        if not degenerate[p]:
             base = mean[p] if baseline == "mean" else (r.sum() - r) / (len(r) - 1)
-            advantages[member] = (r - base) * (not degenerate[p])
+            advantages[member] = r - base
             if scale == "group":
                 advantages[member] /= std[p] + eps
     if scale == "batch":
         r = rewards[valid]
         spread = r.std(correction=int(unbiased)) if len(r) >= 2 else rewards.new_zeros(())
-        advantages = advantages / (spread + eps)
+        advantages = torch.where(advantages == 0, 0.0, advantages / (spread + eps))
     return GroupAdvantage(advantages, mean, std, degenerate)
 
 
 def token_weights(
     mask: Tensor, cu_seqlens: Tensor, config: LossConfig, denominator: float | Tensor | None
 ) -> Tensor:
-    """The aggregation as one weight a token: loss = sum(weights x per-token loss). mask [T] bool -> [T]."""
+    """The aggregation as one weight a token: loss = sum(weights x per-token loss). mask [T] bool ->
+    [T]."""
     per_sequence = segment_reduce(mask.double(), cu_seqlens)
     lengths = per_sequence.repeat_interleave(torch.diff(cu_seqlens).long())
     sequences = len(cu_seqlens) - 1
@@ -200,7 +209,8 @@ def linear_grpo_loss(
     denominator: float | Tensor | None = None,
     config: LossConfig,
 ) -> PolicyRows:
-    """`grpo_loss(hidden @ weight.T + bias)`: hidden [T, D], weight [V, D], the rest [T]; cu_seqlens [S+1]."""
+    """`grpo_loss(hidden @ weight.T + bias)`: hidden [T, D], weight [V, D], the rest [T]; cu_seqlens
+    [S+1]."""
     logits = torch.nn.functional.linear(torch.where(mask[:, None], hidden, 0.0), weight, bias)
     return grpo_loss(
         logits,
@@ -227,7 +237,7 @@ def grpo_loss(
     denominator: float | Tensor | None = None,
     config: LossConfig,
 ) -> PolicyRows:
-    """GRPO of T rows of logits [T, V], token or sequence level, aggregated by `config.loss_type`."""
+    """GRPO of T rows of logits [T, V], token or sequence level, averaged by `config.loss_type`."""
     weights = token_weights(mask, cu_seqlens, config, denominator).to(logits.dtype)
     return policy_rows(
         logits,
@@ -252,7 +262,8 @@ def policy_rows(
     ref_logp: Tensor | None,
     config: LossConfig,
 ) -> PolicyRows:
-    """`policy_loss` with the options of a LossConfig; at sequence level one ratio, exp(mean log-ratio), a sequence."""
+    """`policy_loss` with the options of a LossConfig; at sequence level one ratio, exp(mean
+    log-ratio), a sequence."""
     clip = {"epsilon": config.epsilon, "epsilon_high": config.clip_high, "delta": config.delta}
     if config.importance_sampling_level == "token":
         return policy_loss(

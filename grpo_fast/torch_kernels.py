@@ -1,7 +1,8 @@
-"""The kernels' launchers in plain PyTorch, for any device: same names, arguments and results as `grpo_kernels`.
+"""The kernels' launchers in plain PyTorch, for any device: same names, arguments and results as
+`grpo_kernels`.
 
-Shapes: `N` rows, `V` vocabulary, `S` sequences, `T` packed tokens, `P` groups. Arithmetic is float32 (float64 for
-float64 input), whatever the dtype of the logits.
+Shapes: `N` rows, `V` vocabulary, `S` sequences, `T` packed tokens, `P` groups. Arithmetic is
+float32 (float64 for float64 input), whatever the dtype of the logits.
 """
 
 from typing import NamedTuple
@@ -51,7 +52,8 @@ def token_logprob_fwd(
 ) -> TokenLogProb:
     """`log_softmax(logits / temperature).gather(targets)`: logits [N, V], targets [N] -> three [N].
 
-    The target's own term is kept out of the sum: for p -> 1, log p = -log1p(others / target) loses no digit.
+    The target's own term is kept out of the sum: for p -> 1, log p = -log1p(others / target) loses
+    no digit.
     """
     x = _exact(logits) / _column(temperature)
     index = targets[:, None].long()
@@ -85,7 +87,8 @@ def token_logprob_bwd(
     temperature: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`dlogp (1[v = target] - p) - dentropy p (log p + entropy)`, over temperature: -> [N, V] like logits, or in `out`.
+    """`dlogp (1[v = target] - p) - dentropy p (log p + entropy)`, over temperature: -> [N, V] like
+    logits, or in `out`.
 
     Rows whose incoming gradients are 0 come out as exact zeros, whatever their logits hold.
     """
@@ -122,9 +125,11 @@ def policy_loss(
     log_ratio_clamp: float = 20.0,
     dlogits: Tensor | None = None,
 ) -> PolicyRows:
-    """`reference.policy_loss` and, in `dlogits`, the gradient of its summed loss: logits [N, V], the rest [N].
+    """`reference.policy_loss` and, in `dlogits`, the gradient of its summed loss: logits [N, V],
+    the rest [N].
 
-    `weights` 0 marks a masked row: all its outputs and its gradient are exactly 0. `dlogits` may be `logits` itself.
+    `weights` 0 marks a masked row: all its outputs and its gradient are exactly 0. `dlogits` may be
+    `logits` itself.
     """
     config = LossConfig(
         epsilon=epsilon,
@@ -165,7 +170,8 @@ def policy_loss(
 
 
 def segment_reduce(x: Tensor, cu_seqlens: Tensor, *, reduce: str = "sum") -> Tensor:
-    """`[reduce(x[a:b]) for a, b in pairwise(cu_seqlens)]`: x [T], cu_seqlens [S+1] -> [S]; an empty segment is 0."""
+    """`[reduce(x[a:b]) for a, b in pairwise(cu_seqlens)]`: x [T], cu_seqlens [S+1] -> [S]; an empty
+    segment is 0."""
     return torch.segment_reduce(_exact(x), reduce, offsets=cu_seqlens.long(), initial=0.0)
 
 
@@ -179,9 +185,11 @@ def group_advantage(
     unbiased: bool = True,
     eps: float = 1e-4,
 ) -> GroupAdvantage:
-    """`(r - mean_group) / (std_group + eps)`: rewards [S] float32, NaN = not scored, left out and given 0.
+    """`(r - mean_group) / (std_group + eps)`: rewards [S] float32, NaN = not scored, left out and
+    given 0.
 
-    Members of group p are `order[offsets[p]:offsets[p+1]]` (identity without `order`); statistics are [P].
+    Members of group p are `order[offsets[p]:offsets[p+1]]` (identity without `order`); statistics
+    are [P].
     """
     r = rewards if order is None else rewards[order.long()]
     sizes = torch.diff(offsets).long()

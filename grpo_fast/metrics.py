@@ -1,0 +1,105 @@
+"""What a step says about itself, under TRL's names. What was not measured has no entry."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from .rollout import ScoredGroup
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Rewards raw and normalised, the winners, dead groups, lengths."""
+    completions = [c for group in groups for c in group.completions]
+    scored = [c.reward for c in completions if not math.isnan(c.reward)]
+    metrics = {
+        "reward": _mean(scored),
+        "reward_std": _std(scored),
+        "frac_reward_zero_std": _mean([float(group.degenerate) for group in groups]),
+        "groups/std_mean": _mean([_std(group.scores()) for group in groups]),
+        "groups/all_best_frac": _all_equal(groups, max(scored, default=math.nan)),
+        "groups/all_worst_frac": _all_equal(groups, min(scored, default=math.nan)),
+        "advantage/winners": _mean([max(c.advantage for c in g.completions) for g in groups]),
+        "advantage/abs_mean": _mean([abs(c.advantage) for c in completions]),
+        "unscored_frac": 1 - len(scored) / len(completions),
+    }
+    for name in completions[0].rewards:
+        values = [c.rewards[name] for c in completions if not math.isnan(c.rewards[name])]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = _std(values)
+    return metrics | length_metrics(groups)
+
+
+def _all_equal(groups: Sequence[ScoredGroup], value: float) -> float:
+    """Share of groups whose every score is `value`: all right, or all wrong."""
+    return _mean([float(bool(g.scores()) and all(s == value for s in g.scores())) for g in groups])
+
+
+def length_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Completion lengths in tokens; terminated = ended by itself."""
+    completions = [c for group in groups for c in group.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    ended = [len(c.token_ids) for c in completions if c.finish_reason == "stop"]
+    metrics = {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(completions),
+    }
+    if ended:
+        metrics["completions/mean_terminated_length"] = _mean(ended)
+        metrics["completions/min_terminated_length"] = min(ended)
+        metrics["completions/max_terminated_length"] = max(ended)
+    return metrics
+
+
+def update_metrics(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One step's inner iterations as one row: means, and the extremes over iterations of the clip
+    ratios."""
+    names = sorted({name for iteration in iterations for name in iteration} - {"n_tokens"})
+    merged = {}
+    for name in names:
+        values = [iteration[name] for iteration in iterations if name in iteration]
+        extreme = {"/min": min, "/max": max}.get(name[name.rfind("/") :], _mean)
+        merged[name] = extreme(values)
+        if name == "clip_ratio/low_mean":
+            merged["clip_ratio/low_min"] = min(values)
+        if name == "clip_ratio/high_mean":
+            merged["clip_ratio/high_max"] = max(values)
+    return merged
+
+
+def completion_rows(step: int, groups: Sequence[ScoredGroup], count: int) -> list[dict]:
+    """Up to `count` completions of the group with the widest rewards: best first, worst last."""
+    if count == 0:
+        return []
+    group = max(groups, key=lambda g: _std(g.scores()))
+    ranked = sorted(
+        group.completions, key=lambda c: -math.inf if math.isnan(c.reward) else c.reward
+    )
+    ranked.reverse()
+    # best and worst always, the rest evenly between
+    picks = {
+        round(k * (len(ranked) - 1) / max(count - 1, 1)) for k in range(min(count, len(ranked)))
+    }
+    return [
+        {
+            "step": step,
+            "group": group.prompt.row,
+            "prompt": group.prompt.text,
+            "completion": ranked[k].text,
+            "reward": ranked[k].reward,
+            "rewards": ranked[k].rewards,
+            "advantage": ranked[k].advantage,
+            "finish_reason": ranked[k].finish_reason,
+            "columns": dict(group.prompt.columns),
+        }
+        for k in sorted(picks)
+    ]

@@ -1,0 +1,196 @@
+"""What a run works on: put together, saved, and put together again from a checkpoint."""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .console import Progress
+from .errors import CheckpointError, ConfigError
+from .implementation import resolve_impl
+from .model import check_head, load_model, load_tokenizer, pick_device, resolve_model
+from .prompts import Prompt, fingerprint, hold_out, load_prompts
+from .rewards import RewardFunction, load_rewards
+from .runlog import RunLog
+
+# A resumed run may change these without becoming another run.
+RESUMABLE = {
+    "max_steps",
+    "token_budget",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "log_completions",
+    "output_dir",
+    "existing",
+    "resume",
+    "device",
+    "impl",
+}
+
+
+@dataclasses.dataclass(slots=True)
+class Parts:
+    """What the loop works on."""
+
+    model: Any
+    reference: Any
+    """Frozen copy at the start of training, or None at beta 0."""
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    rewards: list[RewardFunction]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    device: torch.device
+
+    def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager:
+        """bfloat16 products on a GPU while parameters stay float32, for dtype `auto`."""
+        mixed = config.dtype == "auto" and self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
+    """Everything the loop works on; cheap checks come before expensive loads."""
+    device = pick_device(config.device)
+    rewards = load_rewards(config.reward, config.reward_weights)
+    directory = run.folder / "base_model"
+    with progress.status(f"preparing the model {config.model}"):
+        path = resolve_model(config.model, directory=directory, seed=config.seed)
+        tokenizer = load_tokenizer(path)
+    prompts, held_out = load_data(config, tokenizer)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    with progress.status("loading the model"):
+        checkpoint, problems = newest_checkpoint(run.checkpoints) if config.resume else (None, [])
+        for problem in problems:
+            progress.note(f"passing over a damaged checkpoint: {problem}")
+        start = path if checkpoint is None else checkpoint.path
+        model = load_model(start, dtype=dtype, device=device)
+        check_head(model)
+        reference = None
+        if config.loss.beta:
+            reference = load_model(path, dtype=dtype, device=device).requires_grad_(False).eval()
+    resolve_impl(config.impl, next(model.parameters()))
+    # No dropout: sampler, old and new policy must be the same function of the weights.
+    model.eval()
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    return Parts(model, reference, tokenizer, optimizer, rewards, prompts, held_out, device)
+
+
+def load_data(config: TrainConfig, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts), checked against the step's needs."""
+    prompts = load_prompts(config.dataset, tokenizer, max_length=config.max_prompt_length)
+    if config.eval_dataset is None:
+        prompts, held_out = hold_out(prompts, config.eval_prompts)
+    else:
+        held_out = load_prompts(config.eval_dataset, tokenizer, max_length=config.max_prompt_length)
+        held_out = held_out[: config.eval_prompts]
+    if len(prompts) < config.prompts_per_step:
+        raise ConfigError(
+            f"prompts_per_step = {config.prompts_per_step} is more than the {len(prompts)} "
+            "training prompts in "
+            f"{config.dataset}: lower it, lower eval_prompts, or add prompts"
+        )
+    longest = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
+    if longest > config.token_budget:
+        raise ConfigError(
+            f"token_budget = {config.token_budget} is below the longest possible sequence, "
+            f"{longest} tokens "
+            "(longest prompt + max_completion_length): raise it, or lower max_completion_length"
+        )
+    return prompts, held_out
+
+
+def restore(
+    config: TrainConfig, run: RunLog, parts: Parts, progress: Progress
+) -> tuple[int, float, int]:
+    """(steps done, seconds, tokens) of the newest checkpoint when resuming, else zeros; the log is
+    cut to match."""
+    checkpoint, _ = newest_checkpoint(run.checkpoints) if config.resume else (None, [])
+    if checkpoint is None:
+        if config.resume:
+            progress.note("no checkpoint yet: starting from step 0")
+            run.truncate_after(-1)
+        return 0, 0.0, 0
+    state = checkpoint.state
+    check_same_run(config, state, checkpoint.path)
+    load_optimizer(checkpoint.path, parts.model, parts.optimizer)
+    run.truncate_after(checkpoint.step)
+    progress.note(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+    return checkpoint.step, state["seconds"], state["num_tokens"]
+
+
+def check_same_run(config: TrainConfig, state: dict, path: Path) -> None:
+    """A resumed run must be the run that was saved."""
+    before, now = state["config"], saved_config(config)
+    changed = [name for name in now if name not in RESUMABLE and before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise CheckpointError(
+            f"{path} was made with {name} = {before.get(name)!r}, this run has {now[name]!r} "
+            "(changed: "
+            f"{', '.join(changed)}): put it back, or start a new run with another output_dir"
+        )
+    if state["dataset_sha256"] != fingerprint(config.dataset):
+        raise CheckpointError(
+            f"{path} was made with another content of {config.dataset}: put the file back, or "
+            "start a new run"
+        )
+
+
+def saved_config(config: TrainConfig) -> dict[str, Any]:
+    """The config as it comes back from JSON."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def save(
+    config: TrainConfig, run: RunLog, parts: Parts, step: int, seconds: float, tokens: int
+) -> None:
+    """A checkpoint after `step`."""
+    save_checkpoint(
+        run.checkpoints,
+        step,
+        model=parts.model,
+        tokenizer=parts.tokenizer,
+        optimizer=parts.optimizer,
+        state={
+            "config": saved_config(config),
+            "dataset_sha256": fingerprint(config.dataset),
+            "seconds": seconds,
+            "num_tokens": tokens,
+        },
+        keep=config.keep_checkpoints,
+    )
+
+
+def plan(config: TrainConfig, parts: Parts) -> str:
+    """One line a person can check before the first step."""
+    per_step = config.prompts_per_step * config.group_size
+    longest = max(len(prompt.token_ids) for prompt in parts.prompts) + config.max_completion_length
+    rows = config.token_budget // longest
+    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    weight = next(parts.model.parameters())
+    return (
+        f"plan: {config.prompts_per_step} prompts x {config.group_size} completions = {per_step} a "
+        "step, "
+        f"{config.num_iterations} optimizer step(s) each, at most {math.ceil(per_step / rows)} "
+        "micro-batches of "
+        f"{config.token_budget} tokens; {parameters / 1e6:,.2f}M parameters in "
+        f"{str(weight.dtype)[6:]} on "
+        f"{weight.device.type}; loss {config.loss.loss_type} by impl "
+        f"'{resolve_impl(config.impl, weight)}', "
+        f"{'with' if parts.reference is not None else 'without'} reference; {len(parts.prompts)} "
+        "prompts, "
+        f"{len(parts.held_out)} held out"
+    )
