@@ -1,45 +1,59 @@
-"""grpo-fast: the GRPO update on one GPU, fused and exact. Public names only; transformers is not imported here."""
+"""grpo-fast: the GRPO update on one GPU, fused and exact.
 
-from .advantages import AdvantageOutput, group_advantages
-from .config import LossConfig, TrainConfig
-from .errors import CheckpointError, ConfigError, GrpoFastError, InputError, RewardError
-from .ops import (
-    GRPOLoss,
-    LogProbOutput,
-    LossOutput,
-    grpo_loss,
-    linear_grpo_loss,
-    linear_logprob,
-    token_logprob,
-)
+Public names only, each loaded when first used: this import takes milliseconds, and transformers is
+imported by nothing but `train`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "AdvantageOutput",
-    "CheckpointError",
-    "ConfigError",
-    "GRPOLoss",
-    "GrpoFastError",
-    "InputError",
-    "LogProbOutput",
-    "LossConfig",
-    "LossOutput",
-    "RewardError",
-    "TrainConfig",
-    "TrainResult",
-    "group_advantages",
-    "grpo_loss",
-    "linear_grpo_loss",
-    "linear_logprob",
-    "token_logprob",
-    "train",
-]
+
+_HOME = {
+    "AdvantageOutput": "advantages",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "GRPOLoss": "ops",
+    "GrpoFastError": "errors",
+    "InputError": "errors",
+    "LogProbOutput": "ops",
+    "LossConfig": "config",
+    "LossOutput": "ops",
+    "RewardError": "errors",
+    "TrainConfig": "config",
+    "TrainResult": "trainer",
+    "group_advantages": "advantages",
+    "grpo_loss": "ops",
+    "linear_grpo_loss": "ops",
+    "linear_logprob": "ops",
+    "token_logprob": "ops",
+    "train": "trainer",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from .advantages import AdvantageOutput, group_advantages
+    from .config import LossConfig, TrainConfig
+    from .errors import CheckpointError, ConfigError, GrpoFastError, InputError, RewardError
+    from .ops import (
+        GRPOLoss,
+        LogProbOutput,
+        LossOutput,
+        grpo_loss,
+        linear_grpo_loss,
+        linear_logprob,
+        token_logprob,
+    )
+    from .trainer import TrainResult, train
 
 
-def __getattr__(name: str):
-    # The trainer needs transformers, which takes seconds to import; the loss does not.
-    if name in ("train", "TrainResult"):
-        from . import trainer
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'grpo_fast' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module 'grpo_fast' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

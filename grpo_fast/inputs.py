@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class LossRows:
-    """One call's tokens, flat: every tensor is [N], float32 (float64 where the input is float64)."""
+    """One call's tokens, flat: every tensor is [N], float32 (float64 for float64 input)."""
 
     shape: torch.Size
     """Shape of `targets` as given, and so of `logprobs` and `entropy`."""

@@ -92,8 +92,6 @@ def policy_terms(
         ratio = clamped(log_ratio, config.log_ratio_clamp).exp()
         loss = weights * clip_objective(ratio, advantages, config)
         (slope,) = torch.autograd.grad(loss.sum(), log_ratio)
-    # A clipped or zero-advantage row teaches nothing, also where its ratio overflowed.
-    slope = torch.where(_active(ratio, advantages, config), slope, 0.0)
     if sequence_level:
         per_sequence = segment_reduce(slope, segments.cu_seqlens).to(logp.dtype)
         slope = segments.spread(per_sequence / segments.lengths.clamp(min=1)) * (weights != 0)
@@ -108,15 +106,6 @@ def policy_terms(
             loss = loss + weights * config.beta * kl
             slope = slope + weights * config.beta * kl_slope
     return PolicyTerms(loss, slope, ratio, kl)
-
-
-def _active(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
-    """Where the clip lets a gradient through; NaN ratios and advantages count as active so that
-    they surface."""
-    blocked = torch.where(advantages > 0, ratio > 1 + config.clip_high, ratio < 1 - config.epsilon)
-    if config.delta is not None:
-        blocked = blocked | (ratio > config.delta)
-    return ~(blocked | (advantages == 0))
 
 
 def token_weights(

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-# Roundings of the result's dtype granted on top of the eager run's error: half precision is stored once, float32 is
-# summed over rows, and float64 is no more exact than its oracle.
+# Roundings of the result's dtype granted on top of the eager run's error: half precision is stored
+# once, float32 is summed over rows, and float64 is no more exact than its oracle.
 SLACK_EPS = {torch.float64: 64, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
 
 

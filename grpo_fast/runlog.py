@@ -1,0 +1,259 @@
+"""The run folder: config.json, metrics.jsonl, completions.jsonl, checkpoints/ and run.lock."""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from .config import TrainConfig
+from .errors import ConfigError, InputError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"
+CHECKPOINTS = "checkpoints"
+LOCK = "run.lock"
+# Made once for a folder, the same for every run in it.
+BASE_MODEL = "base_model"
+# A folder that holds nothing else is ours to write in; an empty log is a run that never started.
+_OURS = {CONFIG, METRICS, COMPLETIONS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+
+
+class RunLog:
+    """Open files of one run; made by `open_run`, closed by `with`."""
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, lock: IO[str], notes: Sequence[str] = ()
+    ) -> None:
+        self.folder = folder
+        self.checkpoints = folder / CHECKPOINTS
+        self.notes = list(notes)
+        """What a person should know about the folder, one sentence each."""
+        self._config = config
+        self._lock = lock
+        self._metrics = _open_log(folder / METRICS)
+        self._completions = _open_log(folder / COMPLETIONS)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the logs and give the lock back."""
+        self._metrics.close()
+        self._completions.close()
+        _unlock(self.folder, self._lock)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; NaN and infinity become null."""
+        self._metrics.write(_to_line({"step": step, **metrics}))
+
+    def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append one line a row to completions.jsonl; a NaN reward becomes null."""
+        for row in rows:
+            self._completions.write(_to_line(row))
+
+    def truncate_after(self, step: int) -> None:
+        """Go on with a resumed run from `step` (-1: from nothing): drop the rows of later steps,
+        put this config in config.json."""
+        _write_config(self.folder, self._config)
+        self._metrics = _cut(self._metrics, step)
+        self._completions = _cut(self._completions, step)
+
+
+def open_run(config: TrainConfig) -> RunLog:
+    """The log in `config.output_dir`, locked; a new run's config.json is written.
+
+    Raises ConfigError, with nothing written, when the folder holds a run that is neither resumed
+    nor moved, other files, no run to resume, a live run, or cannot be written.
+    """
+    folder = Path(config.output_dir)
+    found = _names(folder)
+    holds_run = _holds_run(folder)
+    if config.resume and not holds_run:
+        raise ConfigError(
+            f"resume: no run in {folder}: looked for rows in {METRICS} and for folders in "
+            f"{CHECKPOINTS}/; check output_dir, or leave --resume out to start a new run"
+        )
+    if not holds_run and found - _OURS:
+        raise ConfigError(
+            f"output_dir {folder} holds files that are no run ('{min(found - _OURS)}'): choose "
+            "another folder with --output-dir"
+        )
+    lock = _acquire(folder)
+    notes = []
+    if holds_run and not config.resume:
+        if config.existing == "refuse":
+            _unlock(folder, lock)
+            raise ConfigError(
+                f"output_dir {folder} already holds a run: go on with it by --resume, choose "
+                "another folder with --output-dir, or move the old run aside with --existing move"
+            )
+        notes.append(f"the run that was in {folder} is now in {_move_aside(folder)}")
+    # A resumed run's config is replaced once it is known to fit, in truncate_after.
+    if not config.resume:
+        _write_config(folder, config)
+    return RunLog(folder, config, lock, notes)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, null as NaN; an unfinished last line is left out.
+
+    Raises InputError for a missing file, and naming file and line for a broken one.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise InputError(f"no run in {folder}: {METRICS} not found, expected a run's output_dir")
+    rows = _read_rows(path)
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def read_completions(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of completions.jsonl, or none where a run keeps none."""
+    path = Path(folder) / COMPLETIONS
+    return _read_rows(path) if path.is_file() else []
+
+
+def read_saved_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as a mapping, empty where there is none."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): restore it, or remove it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, expected one object")
+    return values
+
+
+def _names(folder: Path) -> set[str]:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file: choose a folder with --output-dir")
+    return set(os.listdir(folder)) if folder.exists() else set()
+
+
+def _holds_run(folder: Path) -> bool:
+    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (
+        checkpoints.is_dir() and any(checkpoints.iterdir())
+    )
+
+
+def _acquire(folder: Path) -> IO[str]:
+    """run.lock held by this process until it ends, however it ends; pid and host are for people."""
+    path = folder / LOCK
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {folder} cannot be written ({error.strerror}): choose another with "
+                "--output-dir"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(
+                f"output_dir {folder} is in use by {owner}: wait for it, stop it, or choose "
+                "another folder with --output-dir"
+            ) from None
+        # The last owner may have removed the file between our open and our lock.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _unlock(folder: Path, lock: IO[str]) -> None:
+    if not lock.closed:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.close()
+
+
+def _move_aside(folder: Path) -> Path:
+    """Move all but lock and base model to the first free `<folder>.<number>`."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    number = 1
+    while (target := named.with_name(f"{named.name}.{number}")).exists():
+        number += 1
+    target.mkdir()
+    for name in sorted(_names(folder) - {LOCK, BASE_MODEL}):
+        shutil.move(folder / name, target / name)
+    return target
+
+
+def _open_log(path: Path) -> IO[str]:
+    # Whatever text a model makes must be written: a lone surrogate becomes its JSON escape.
+    return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _to_line(row: dict[str, Any]) -> str:
+    return json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut(file: IO[str], step: int) -> IO[str]:
+    file.close()
+    path = Path(file.name)
+    rows = [row for row in _read_rows(path) if row["step"] <= step]
+    _write_atomically(path, "".join(map(_to_line, rows)))
+    return _open_log(path)
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    values = dataclasses.asdict(config)
+    _write_atomically(folder / CONFIG, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.writing")
+    with staging.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # Bytes: str.splitlines also splits at separators that may stand inside a JSON string.
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"{path}:{number}: not JSON ({error}): mend or remove the line"
+            ) from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{path}:{number}: expected an object with an integer 'step'")
+        rows.append(row)
+    return rows

@@ -1,0 +1,158 @@
+"""The house rules that a reader relies on: who imports whom, how long a file may get, and that no
+op stands alone."""
+
+import ast
+import functools
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ("token_logprob", "policy_loss", "group_advantage", "segment_reduce")
+LEAVES = {"config", "errors"}
+# What each module of grpo_fast may import from grpo_fast; those not named here may import what
+# stands above the loop.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "reference": {"config"},
+    "objective": {"config"},
+    "torch_kernels": {"config", "objective"},
+    "inputs": LEAVES | {"objective"},
+    "implementation": {"errors", "torch_kernels"},
+    "chunked": {"config", "inputs", "objective"},
+    "autograd": {"chunked", "config", "inputs", "torch_kernels"},
+    "advantages": {"errors", "implementation", "reference"},
+    "testing": set(),
+}
+TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
+# The last link to what a user types: nothing imports it.
+ENDS = {"cli", "trainer"}
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[tuple[int, str]]:
+    """(level, module) of every import in a file, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.module is None:
+                found |= {(node.level, alias.name) for alias in node.names}
+            else:
+                found.add((node.level, node.module))
+    return frozenset(found)
+
+
+def top_levels(path: Path) -> set[str]:
+    return {module.partition(".")[0] for level, module in imports(path) if level == 0}
+
+
+def siblings(path: Path) -> set[str]:
+    return {module.partition(".")[0] for level, module in imports(path) if level == 1}
+
+
+@pytest.mark.parametrize("path", python_files("kernels"), ids=lambda path: path.stem)
+def test_kernels_know_torch_and_triton_and_no_other_op(path):
+    assert top_levels(path) <= {"torch", "triton"} | sys.stdlib_module_names
+    assert siblings(path) <= {"launch", "online_softmax"}
+
+
+@pytest.mark.parametrize("path", python_files("grpo_fast"), ids=lambda path: path.stem)
+def test_import_arrows_of_grpo_fast(path):
+    name = path.stem
+    if name in ALLOWED:
+        assert siblings(path) <= ALLOWED[name], f"{name} imports {siblings(path) - ALLOWED[name]}"
+    if name not in {"__init__", "cli"}:
+        assert not siblings(path) & (ENDS - {name})
+    if name != "implementation":
+        assert "grpo_kernels" not in top_levels(path)
+    if top_levels(path) & {"transformers", "flash_attn", "tokenizers"}:
+        assert name in TRANSFORMERS, f"{name} touches transformers"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "grpo_fast", "bench", "examples", "tests"])
+def test_nobody_imports_hugging_face_s_kernels_or_the_tests(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not top_levels(path) & {"kernels", "bench", "tests", "conftest"}, path
+        if folder in {"kernels", "grpo_fast"}:
+            assert "grpo_bench" not in top_levels(path), path
+
+
+def test_kernels_and_oracle_do_not_know_each_other():
+    assert "grpo_kernels" not in top_levels(ROOT / "grpo_fast/reference.py")
+    assert not siblings(ROOT / "grpo_fast/reference.py") & {"objective", "torch_kernels", "ops"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_kernel_oracle_launcher_test_and_bench(op):
+    from grpo_fast import reference
+
+    kernels = {path.stem for path in python_files("kernels")}
+    assert set(OPS) == kernels - {"launch", "online_softmax"}
+    assert callable(getattr(reference, op))
+    assert (ROOT / f"tests/kernels/test_{op}.py").is_file()
+    assert (ROOT / f"bench/bench_{op}.py").is_file()
+    assert f"{op}.py" in (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+
+
+def test_torch_kernels_have_the_kernels_signatures():
+    """Same names, same arguments, same defaults: `impl` changes who computes and nothing else."""
+    from grpo_fast import torch_kernels
+    from grpo_fast.implementation import launchers
+
+    for name, launcher in vars(launchers("triton")).items():
+        theirs, ours = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (launcher, getattr(torch_kernels, name))
+        )
+        assert ours == theirs, name
+
+
+def functions(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+@pytest.mark.parametrize("folder, budget", [("kernels", 500), ("grpo_fast", 400), ("bench", 400)])
+def test_files_and_functions_stay_readable(folder, budget):
+    for path in python_files(folder):
+        length = len(path.read_text(encoding="utf-8").splitlines())
+        assert length <= budget, f"{path.relative_to(ROOT)} has {length} lines, {budget} allowed"
+        for function in functions(path):
+            documented = ast.get_docstring(function, clean=False)
+            lines = function.end_lineno - function.lineno + 1
+            lines -= len(documented.splitlines()) if documented else 0
+            lines -= function.body[0].lineno - function.lineno  # the signature
+            assert lines <= 60, f"{path.name}: {function.name} has {lines} lines, 60 allowed"
+
+
+def test_no_drawers_and_nothing_nested():
+    names = {
+        path.stem for folder in ("kernels", "grpo_fast", "bench") for path in python_files(folder)
+    }
+    assert not names & {"utils", "common", "helpers", "misc"}
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "bench/__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_public_functions_say_what_they_replace():
+    import grpo_fast
+
+    for name in (
+        "linear_grpo_loss",
+        "grpo_loss",
+        "linear_logprob",
+        "token_logprob",
+        "group_advantages",
+    ):
+        assert getattr(grpo_fast, name).__doc__.startswith("`"), name
