@@ -3,6 +3,7 @@ they depend on."""
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from grpo_bench import gpu, main, timing
 from grpo_bench.timing import Case, Size, interleaved, measure, row, summary
+from grpo_fast.config_file import build_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -42,6 +44,34 @@ def test_every_case_checks_itself_and_has_three_columns(op, label, dtype):
     case.check()
     assert set(case.columns) == {"ours", "eager", "ceiling"}
     assert case.bytes > 0 or case.flops > 0
+
+
+INTERPRETED = """
+import torch
+from grpo_bench import main
+from grpo_bench.timing import Size
+
+for op, label, shape in CASES:
+    module = main.OPS[op]
+    module.implementation_on = lambda device: "triton"
+    module.case(Size(label=label, shape=shape), torch.device("cpu")).check()
+    print(op, label)
+"""
+
+
+def test_cases_fit_the_triton_launchers():
+    """In a process of its own, with the interpreter on before triton is first imported."""
+    cases = [(op, label, TINY[op]) for op, label in LABELS]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", INTERPRETED.replace("CASES", repr(cases))],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == len(LABELS)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +315,23 @@ def test_gpu_reads_pytest_outcomes(tmp_path):
         '<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>'
     )
     assert gpu.outcome_counts(report) == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
+
+
+def test_gpu_demo_is_the_demo_with_its_output_elsewhere(tmp_path, monkeypatch):
+    examples = tmp_path / "checkout/examples"
+    examples.mkdir(parents=True)
+    (examples / "prompts.jsonl").write_text("{}")
+    (examples / "demo.yaml").write_text(
+        "model: some/model\ndataset: prompts.jsonl\nreward: rewards.py:exact\n"
+        "output_dir: runs/demo\nloss:\n  beta: 0.1\nlearning_rate: 1e-3\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "checkout")
+    config = build_config(read_config(gpu.demo_config(tmp_path)))
+    assert config.output_dir == str(tmp_path / "demo")
+    assert config.device == "cuda"
+    assert config.dataset == str(examples / "prompts.jsonl")
+    assert (config.model, config.reward) == ("some/model", ("rewards.py:exact",))
+    assert (config.loss.beta, config.learning_rate) == (0.1, 1e-3)
 
 
 def test_gpu_reads_rewards_of_a_run(tmp_path):

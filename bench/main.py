@@ -1,0 +1,97 @@
+"""`grpo-fast bench`: how fast the kernels are on this machine, or (`--static`) what they compile to
+without one."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import (
+    bench_group_advantage,
+    bench_linear_grpo,
+    bench_policy_loss,
+    bench_segment_reduce,
+    bench_token_logprob,
+)
+from .options import Parser
+from .timing import header, measure, pick_device, timing_table
+
+OPS = {
+    "token_logprob": bench_token_logprob,
+    "policy_loss": bench_policy_loss,
+    "group_advantage": bench_group_advantage,
+    "segment_reduce": bench_segment_reduce,
+    "linear_grpo": bench_linear_grpo,
+}
+DESCRIPTION = """\
+Time every op against eager PyTorch and against a ceiling measured in the same run.
+
+  ours     the Triton kernels on a GPU, the chunked PyTorch implementation on a CPU
+  eager    the formula as a trainer writes it, float32 arithmetic
+  ceiling  what the work cannot do without: a copy of the same bytes, or the bare matrix products
+
+Columns take turns in one process; the times are medians (CUDA events on a GPU, process time of one
+thread on a CPU). An op is held against float64 first, and one that is wrong gets no number."""
+EPILOG = """\
+examples:
+  grpo-fast bench                    this machine's table
+  grpo-fast bench --op policy_loss   one op
+  grpo-fast bench --static           registers, spills and fp64 of every kernel, no GPU needed
+  grpo-fast bench --static --help    its options"""
+
+
+def parser() -> Parser:
+    parsed = Parser("grpo-fast bench", DESCRIPTION, EPILOG)
+    parsed.add_argument(
+        "--static",
+        action="store_true",
+        help="cross-compile the kernels instead, and fail on a spill or fp64 instruction",
+    )
+    parsed.add_argument(
+        "--op", choices=OPS, action="append", help="only this op; may be given again"
+    )
+    parsed.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parsed.add_argument(
+        "--seconds", type=float, default=1.0, help="time spent on each case (default: 1)"
+    )
+    parsed.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE")
+    return parsed
+
+
+def time_ops(device: torch.device, ops: list[str], *, seconds: float) -> list[dict]:
+    """The row of every size that each op's file has for `device`; one line of progress a case."""
+    rows = []
+    for op in ops:
+        module = OPS[op]
+        for size in module.SIZES[device.type]:
+            print(f"{op} {size} ...", file=sys.stderr, flush=True)
+            rows.append(measure(module.case(size, device), device, seconds=seconds))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 1 when a result is wrong (or a kernel fails the static gate), 2 for a wrong
+    option."""
+    if "--static" in argv:
+        from .static import main as static
+
+        return static([word for word in argv if word != "--static"])
+    options = parser().parse_args(argv)
+    device = pick_device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser().error("--device cuda, but PyTorch finds no CUDA device here")
+    about = header(device, Path(__file__).resolve().parent.parent)
+    rows = time_ops(device, options.op or list(OPS), seconds=options.seconds)
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton"))
+    print(f"{about['device']}, {versions}, commit {about['commit']}, clock: {about['clock']}")
+    print("\n".join(timing_table(rows)))
+    if options.json:
+        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    return 1 if any(not row["columns"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
