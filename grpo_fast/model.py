@@ -1,24 +1,41 @@
-"""The only place that loads a model; its trunk, its head, and the check that they are all there is.
+"""The one place that loads models: folder to model, model to hidden states and head.
 
-Shapes: `B` rows, `L` tokens, `D` hidden, `V` vocabulary.
+Shapes: `B` rows, `L` padded length, `D` hidden, `V` vocabulary.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import ConfigError
-from .plugins import load_function
+from .errors import ConfigError, nearest
+from .plugins import describe, load_function, raised_at
 
-# Options of Hugging Face configs that change the logits after the head.
-TRANSFORMED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-# Logits of float32 models agree to a few roundings; half precision rounds each to 2^-8.
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-MADE = ".complete"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+MADE_BY = "made_by.json"
+# Any one of these holds a vocabulary.
+TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt")
+DOWNLOAD = "download one with `hf download ORG/NAME --local-dir FOLDER`"
+
+# Config options that change the logits after the head, and the value at which they do nothing.
+LOGIT_OPTIONS = {
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+# The same product twice differs by rounding alone; a forgotten factor or bias is far beyond.
+HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+HALF_PRECISION_TOLERANCE = 2e-2
 
 
 class Head(NamedTuple):
@@ -29,130 +46,265 @@ class Head(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if PyTorch sees one; raises ConfigError for a device that is not there."""
+    """`torch.device(name)`, or for `auto` the GPU if there is one; ConfigError where it is not
+    there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "cpu") or (index and not index.isdecimal()):
+        raise ConfigError(f"device = '{name}' is not available: choose auto, cuda, cuda:0 or cpu")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ConfigError(
+            f"device = '{name}': PyTorch {torch.__version__} sees {count} GPUs: choose auto or cpu"
+        )
+    return torch.device(name)
+
+
+def resolve_model(spec: str, *, directory: Path, seed: int) -> Path:
+    """A model folder as it is; for `file.py:function` the `directory` that function(directory,
+    seed) filled.
+
+    The function writes aside and is renamed into place, so that an existing `directory` is whole
+    and is used again; ConfigError where another function or seed made it.
+    """
+    if Path(spec).exists() or ":" not in spec:
+        path = Path(spec)
+        _check_folder(path)
+        _check_weights(path)
+        _check_tokenizer(path)
+        return path
+    function = load_function(spec)
+    made = {"made_by": spec, "seed": seed}
+    if directory.exists():
+        return _made_before(directory, made)
+    staging = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device = {name!r}: expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        with quiet():
+            function(staging, seed)
+    except Exception as error:
+        code = getattr(function, "__code__", None)
+        where = raised_at(error, code.co_filename) if code else ""
         raise ConfigError(
-            f"device = {name!r}, but PyTorch sees no GPU here: use device auto or cpu"
-        )
-    return device
-
-
-def resolve_model(spec: str, *, directory: Path, seed: int) -> str:
-    """A model directory as it is; `file.py:function` is called once to fill `directory`."""
-    if ":" not in spec:
-        return spec
-    record = json.dumps({"made_by": spec, "seed": seed})
-    done = directory / MADE
-    if done.is_file() and done.read_text(encoding="utf-8") == record:
-        return str(directory)
-    make = load_function(spec)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    make(directory, seed)
-    # Written last: a directory without it was interrupted and is made again.
-    done.write_text(record, encoding="utf-8")
-    return str(directory)
-
-
-def _check_directory(path: Path, needed: tuple[str, ...]) -> None:
-    if not path.is_dir():
-        raise ConfigError(
-            f"model {path} is no directory: give a local Hugging Face model directory "
-            "(config.json, "
-            "model.safetensors, tokenizer.json), or file.py:function that makes one"
-        )
-    for name in needed:
-        if not any((path / option).is_file() for option in name.split("|")):
+            f"model function '{spec}' raised {describe(error)}{f' ({where})' if where else ''}"
+        ) from error
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (staging / name).is_file():
             raise ConfigError(
-                f"model {path} has no {name.replace('|', ' or ')}: complete the directory"
+                f"model function '{spec}' wrote no {name}: expected model.save_pretrained and "
+                "tokenizer.save_pretrained into the folder it is given"
             )
+    (staging / MADE_BY).write_text(json.dumps(made), encoding="utf-8")
+    staging.rename(directory)
+    return directory
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(path)`: safetensors only, no remote code, no hub."""
+def _made_before(directory: Path, made: dict) -> Path:
+    record = directory / MADE_BY
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if found != made:
+        raise ConfigError(
+            f"model folder {directory} was made by {found}, this run wants {made}: put model and "
+            "seed back, or choose another output_dir"
+        )
+    return directory
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        kind = "is a file" if path.is_file() else "does not exist"
+        names = (p.name for p in path.parent.glob("*") if p.is_dir())
+        raise ConfigError(
+            f"model folder {path} {kind}: {nearest(path.name, names)}expected a Hugging Face model "
+            f"directory; {DOWNLOAD}"
+        )
+    if not (path / CONFIG).is_file():
+        raise ConfigError(f"model folder {path} has no {CONFIG}: {DOWNLOAD}")
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model folder {path} has no {TOKENIZER}: save the tokenizer there too, with "
+            "tokenizer.save_pretrained"
+        )
+
+
+def _check_weights(path: Path) -> None:
+    index = path / WEIGHTS_INDEX
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{index} is damaged ({describe(error)}): download it again"
+            ) from error
+        for shard in sorted(shards):
+            if not (path / shard).is_file():
+                raise ConfigError(
+                    f"model folder {path} lacks {shard}, which {WEIGHTS_INDEX} names: download it "
+                    "again"
+                )
+    elif not (path / WEIGHTS).is_file():
+        pickled = sorted(path.glob("*.bin"))
+        why = f" ({pickled[0].name} is never read, it can run code)" if pickled else ""
+        raise ConfigError(
+            f"model folder {path} has no {WEIGHTS}{why}: save the model with "
+            "model.save_pretrained, or download it again"
+        )
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str):
+    """`AutoModelForCausalLM.from_pretrained(path)` from local safetensors, no code of the model's
+    own.
+
+    Raises ConfigError for a missing or damaged file, and for weights that the file does not hold
+    or holds in another shape: they would stay random.
+    """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    path = Path(path)
-    _check_directory(path, ("config.json", "model.safetensors|model.safetensors.index.json"))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    _check_folder(Path(path))
+    _check_weights(Path(path))
+    with quiet(), _named_errors(path):
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            # Both are refused below, with names: transformers would print a table and go on.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"model {path} cannot be loaded ({said}): mend the directory") from error
+    _check_report(path, type(model).__name__, report)
     return model.to(device)
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """`AutoTokenizer.from_pretrained(path)`, local files only."""
+def _check_report(path: str | Path, kind: str, report: dict) -> None:
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"'{name}' in {path} has shape {list(found)}, {kind} of its {CONFIG} expects "
+            f"{list(expected)}: weights and {CONFIG} are of different models"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"the weights in {path} lack {len(missing)} tensors of {kind}, first '{missing[0]}': "
+            f"download the model again, or mend {CONFIG}"
+        )
+
+
+def load_tokenizer(path: str | Path):
+    """`AutoTokenizer.from_pretrained(path)`, local and without code of the model's own."""
     from transformers import AutoTokenizer
 
-    path = Path(path)
-    _check_directory(path, ("config.json", "tokenizer.json|tokenizer.model|vocab.json"))
-    try:
+    _check_folder(Path(path))
+    _check_tokenizer(Path(path))
+    with quiet(), _named_errors(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"tokenizer in {path} cannot be loaded ({said})") from error
 
 
-def hidden_states(model, input_ids: Tensor) -> Tensor:
-    """`model(input_ids, output_hidden_states=True).hidden_states[-1]` without the head: [B, L, D].
+@contextlib.contextmanager
+def _named_errors(path: str | Path) -> Iterator[None]:
+    """What transformers raises about the files in `path`, as one line that names the folder."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the weights in {path} are damaged or cut short ({error}): download them again"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{path} could not be loaded: {describe(error)}") from error
 
-    Rows are padded on the right, where no causal state looks, so no mask is needed.
-    """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers for a while: what matters is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def hidden_states(
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """`model(input_ids).logits` before the head: [B, L, D] with gradient, and no logits."""
+    decoder = model.get_decoder()
+    given = {} if position_ids is None else {"position_ids": position_ids}
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
+    return output.last_hidden_state
 
 
 def head(model) -> Head:
-    """The output embedding."""
+    """Weight and bias of `model.get_output_embeddings()`: logits = hidden @ weight.T + bias."""
     layer = model.get_output_embeddings()
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise ConfigError(
+            f"{type(model).__name__} has no output head: expected a causal language model whose "
+            "get_output_embeddings() is a linear layer"
+        )
     return Head(layer.weight, getattr(layer, "bias", None))
 
 
 @torch.no_grad()
 def check_head(model) -> None:
-    """`model(ids).logits == hidden_states(ids) @ weight.T + bias`, or a ConfigError that says why.
+    """Refuse a model whose logits are not `hidden @ weight.T + bias`: the loss would be another
+    one.
 
-    The fused loss never runs the model's own head, so whatever else the model does to its logits
-    must be known, not assumed away.
+    Known options are refused by name; anything else shows on four tokens.
     """
     config = model.config.get_text_config()
-    for name in TRANSFORMED_LOGITS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
+    for name, neutral in LOGIT_OPTIONS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
             raise ConfigError(
-                f"{type(model).__name__} has {name} = {getattr(config, name)}, which changes the "
-                "logits after the head: not supported by this trainer yet, use another model"
+                f"{type(model).__name__} has {name} = {value}, which the loss does not support: "
+                "use a model without it"
             )
-    if model.get_output_embeddings() is None or not hasattr(model, "base_model"):
-        raise ConfigError(
-            f"{type(model).__name__} has no separate head: use a causal language model"
-        )
     weight, bias = head(model)
-    ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
-    training = model.training
-    model.eval()
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = hidden_states(model, ids)
-    model.train(training)
-    found = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error <= HEAD_TOLERANCE[weight.dtype]:
+    # From 1: id 0 is often the padding, whose embedding is zero.
+    ids = torch.arange(1, 5, device=weight.device)[None] % weight.shape[0]
+    with evaluating(model):
+        if model.get_decoder() is model:
+            raise ConfigError(f"{type(model).__name__} has no decoder apart from its head")
+        hidden = hidden_states(model, ids)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    if not hidden.isfinite().all():
         raise ConfigError(
-            f"{type(model).__name__} does something to its logits after the head (they differ by "
-            f"{error:.1%}): not supported by this trainer, use another model"
+            f"{type(model).__name__} gives NaN or inf on four tokens: its weights are damaged"
         )
+    ours = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    tolerance = HEAD_TOLERANCE.get(weight.dtype, HALF_PRECISION_TOLERANCE)
+    # Written so that NaN logits are refused too.
+    if ours.shape != logits.shape or not (
+        (ours - logits).abs().max() <= tolerance * ours.abs().max()
+    ):
+        raise ConfigError(
+            f"the logits of {type(model).__name__} are not hidden @ weight.T + bias of its head: "
+            "the model changes them in a way the loss does not know, use another one"
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """`model.eval()` for a while; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -84,14 +84,14 @@ def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[
 def step_prompts(prompts: Sequence[Prompt], *, seed: int, step: int, count: int) -> list[Prompt]:
     """The `count` prompts of `step`, counted from 1: a pure function of (seed, step).
 
-    An epoch is `len(prompts) // count` steps over one shuffle: no prompt comes twice in it, and
-    the few left over change with every epoch.
+    Steps walk through one shuffle of all prompts after the other, so that every epoch has each
+    prompt once; a step may end one epoch and begin the next.
     """
-    if count > len(prompts):
-        raise ConfigError(f"prompts_per_step = {count} is more than the {len(prompts)} prompts")
-    epoch, place = divmod(step - 1, len(prompts) // count)
-    order = _shuffled(len(prompts), seed, epoch)
-    return [prompts[k] for k in order[place * count : (place + 1) * count]]
+    places = range((step - 1) * count, step * count)
+    return [
+        prompts[_shuffled(len(prompts), seed, place // len(prompts))[place % len(prompts)]]
+        for place in places
+    ]
 
 
 @functools.lru_cache(maxsize=2)

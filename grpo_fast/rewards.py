@@ -50,9 +50,7 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] = ()) -> list[Re
     names = [spec.rpartition(":")[2] for spec in specs]
     longer = [f"{Path(spec.rpartition(':')[0]).stem}.{spec.rpartition(':')[2]}" for spec in specs]
     count = Counter(names)
-    names = [
-        full if count[name] > 1 else name for name, full in zip(names, longer, strict=True)
-    ]
+    names = [full if count[name] > 1 else name for name, full in zip(names, longer, strict=True)]
     if len(set(names)) < len(names):
         name, _ = Counter(names).most_common(1)[0]
         raise ConfigError(f"reward '{name}' is given twice: give it once, with a weight")
@@ -97,7 +95,8 @@ def score(
         reward.name: call.checked(reward, result)
         for reward, result in zip(rewards, results, strict=True)
     }
-    return Scores([_weighted(rewards, values) for values in zip(*parts.values())], parts)
+    totals = [_weighted(rewards, values) for values in zip(*parts.values(), strict=True)]
+    return Scores(totals, parts)
 
 
 def _weighted(rewards: Sequence[RewardFunction], values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTEGERS, check_kernel_runs, check_tensor, grid_of
+from .launch import INTEGERS, check_kernel_runs, check_tensor, grid_of, length_of
 
 # A group of up to 128 completions is one block; launches, not bytes, are what this costs.
 CONFIGS = [{"BS": 128, "num_warps": 1}]
@@ -118,15 +118,14 @@ def group_advantage(
     all equal: advantages 0) are [P]; std is NaN below two scored members, mean where none is.
     Raises ValueError for a wrong shape, dtype, device or stride.
     """
-    s, device = rewards.numel(), rewards.device
+    s = length_of("rewards", rewards, "[S]")
+    p = length_of("offsets", offsets, "[P + 1]", least=1) - 1
+    device = rewards.device
     check_tensor("rewards", rewards, (s,), (torch.float32,), device)
     check_kernel_runs("rewards", rewards, _group_advantage_kernel)
-    if offsets.dim() != 1 or len(offsets) < 1:
-        raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected [P + 1]")
-    check_tensor("offsets", offsets, offsets.shape, INTEGERS, device)
+    check_tensor("offsets", offsets, (p + 1,), INTEGERS, device)
     if order is not None:
         check_tensor("order", order, (s,), INTEGERS, device)
-    p = len(offsets) - 1
     advantages = torch.empty_like(rewards)
     mean, std = (torch.empty(p, dtype=torch.float32, device=device) for _ in range(2))
     degenerate = torch.empty(p, dtype=torch.bool, device=device)

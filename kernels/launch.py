@@ -56,6 +56,14 @@ def check_tensor(
         )
 
 
+def length_of(name: str, tensor: Tensor, expected: str, least: int = 0) -> int:
+    """Entries of a one-dimensional tensor of any length from `least` on, `expected` in words."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 1 or len(tensor) < least:
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} has shape {found}, expected {expected}")
+    return len(tensor)
+
+
 def check_logits(logits: Tensor, kernel: object) -> tuple[int, int]:
     """(N, V) of logits [N, V]: any row stride, neighbouring entries in V."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 1:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOATS, INTEGERS, check_kernel_runs, check_tensor, grid_of
+from .launch import FLOATS, INTEGERS, check_kernel_runs, check_tensor, grid_of, length_of
 
 # Completions of hundreds to thousands of tokens are one to a few blocks.
 CONFIGS = [{"BT": 1024, "num_warps": 4}]
@@ -37,15 +37,14 @@ def segment_reduce(x: Tensor, cu_seqlens: Tensor, *, reduce: str = "sum") -> Ten
     x float32, bfloat16, float16 or bool; cu_seqlens int32 or int64, ascending from 0 to T; an empty
     segment is 0. Raises ValueError for a wrong shape, dtype, device or stride.
     """
+    t = length_of("x", x, "[T]")
+    s = length_of("cu_seqlens", cu_seqlens, "[S + 1]", least=1) - 1
     device = x.device
-    check_tensor("x", x, (x.numel(),), (*FLOATS, torch.bool), device)
+    check_tensor("x", x, (t,), (*FLOATS, torch.bool), device)
     check_kernel_runs("x", x, _segment_reduce_kernel)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
-    check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, INTEGERS, device)
+    check_tensor("cu_seqlens", cu_seqlens, (s + 1,), INTEGERS, device)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce is {reduce!r}, expected one of {REDUCTIONS}")
-    s = len(cu_seqlens) - 1
     out = torch.empty(s, dtype=torch.float32, device=device)
     if s:
         with torch.cuda.device_of(x):
