@@ -55,7 +55,12 @@ def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
         Line(metric=name, label=name[len("rewards/") : -len("/mean")], colour=colour, smooth=True)
         for name, colour in zip(parts, _COLOURS * (len(parts) // len(_COLOURS) + 1), strict=False)
     )
-    return [*_reward_charts(part_lines), *_policy_charts(), *_optimizer_charts()]
+    return [
+        *_reward_charts(part_lines),
+        *_length_charts(),
+        *_policy_charts(),
+        *_optimizer_charts(),
+    ]
 
 
 def _reward_charts(parts: tuple[Line, ...]) -> list[Chart]:
@@ -101,6 +106,11 @@ def _reward_charts(parts: tuple[Line, ...]) -> list[Chart]:
             "prompts are too easy or too hard.",
             zero=True,
         ),
+    ]
+
+
+def _length_charts() -> list[Chart]:
+    return [
         Chart(
             title="Completion length",
             lines=(
