@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .errors import CheckpointError
+from .model import save_model
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -34,8 +35,7 @@ def save_checkpoint(
     staging = folder / f".{target.name}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    save_model(staging, model, tokenizer)
     save_file(optimizer_tensors(model, optimizer), staging / OPTIMIZER)
     files = {path.name: _sha256(path) for path in sorted(staging.iterdir()) if path.is_file()}
     record = {"step": step, "files": files, "state": state}

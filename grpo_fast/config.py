@@ -45,9 +45,8 @@ class LossConfig:
 
     loss_type: LossType = "dapo"
     """How per-token losses are averaged: `grpo` mean over sequences of each one's token mean,
-    `bnpo` token mean of this call, `dapo` token mean of the whole optimizer step, `dr_grpo` sum /
-    (sequences x
-    max_completion_length)."""
+    `bnpo` token mean of this call, `dapo` token mean of the whole optimizer step, `dr_grpo`
+    sum / (sequences x max_completion_length)."""
     epsilon: float = 0.2
     """Lower clip: the ratio is clipped to at least 1 - epsilon."""
     epsilon_high: float | None = None
@@ -56,8 +55,7 @@ class LossConfig:
     """Two-sided clip (INTELLECT-2): cap of the unclipped ratio, above 1 + epsilon_high; off when
     not given."""
     beta: float = 0.0
-    """Weight of the KL to the reference policy; 0 needs no reference, and KL is then not measured.
-    """
+    """Weight of the KL to the reference policy; 0 needs no reference, and KL is not measured."""
     kl_estimator: KLEstimator = "k3"
     """KL estimator with d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d."""
     importance_sampling_level: ImportanceSamplingLevel = "token"
@@ -131,8 +129,7 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One run. `prompts_per_step` x `group_size` completions make one optimizer step; how they are
-    cut into
-    micro-batches follows from `token_budget` alone and does not change the result."""
+    cut into micro-batches follows from `token_budget` alone and does not change the result."""
 
     model: str
     """Hugging Face model directory, or `file.py:function` that makes one: function(directory,
@@ -213,7 +210,7 @@ class TrainConfig:
     seed: int = 0
     """Everything random in step k follows from (seed, k)."""
     dtype: Dtype = "auto"
-    """Parameters and forward; `auto` is bfloat16 on a GPU, float32 on a CPU."""
+    """Of the parameters; `auto` is float32, with products in bfloat16 on a GPU."""
     device: str = "auto"
     """`cuda`, `cpu`, or `auto`: a GPU if there is one."""
     impl: Impl = "auto"
@@ -231,27 +228,12 @@ class TrainConfig:
             _check_choice(name, getattr(self, name), choices)
         for name in _POSITIVE:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "eval_every",
-            "save_every",
-            "warmup_steps",
-            "weight_decay",
-            "log_completions",
-            "seed",
-        ):
-            _check(
-                _is_number(getattr(self, name)) and getattr(self, name) >= 0,
-                name,
-                getattr(self, name),
-                ">= 0",
-            )
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            _check(_is_number(value) and value >= 0, name, value, ">= 0")
         for name in ("learning_rate", "max_grad_norm"):
-            _check(
-                _is_number(getattr(self, name)) and getattr(self, name) > 0,
-                name,
-                getattr(self, name),
-                "> 0",
-            )
+            value = getattr(self, name)
+            _check(_is_number(value) and value > 0, name, value, "> 0")
         for name in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= beta < 1")
         _check(
@@ -274,14 +256,12 @@ class TrainConfig:
         if self.loss.temperature not in (1.0, self.temperature):
             raise ConfigError(
                 f"loss.temperature = {self.loss.temperature} contradicts temperature = "
-                f"{self.temperature}: the loss "
-                "must use the sampling temperature, leave loss.temperature out"
+                f"{self.temperature}: the loss must use the sampling temperature, leave it out"
             )
         if self.loss.max_completion_length not in (None, self.max_completion_length):
             raise ConfigError(
                 f"loss.max_completion_length = {self.loss.max_completion_length} contradicts "
-                "max_completion_length = "
-                f"{self.max_completion_length}: leave loss.max_completion_length out"
+                f"max_completion_length = {self.max_completion_length}: leave it out"
             )
 
     def _check_rewards(self) -> None:
@@ -314,6 +294,14 @@ _CHOICES = {
     "dtype": Dtype,
     "impl": Impl,
 }
+_NOT_NEGATIVE = (
+    "eval_every",
+    "save_every",
+    "warmup_steps",
+    "weight_decay",
+    "log_completions",
+    "seed",
+)
 _POSITIVE = (
     "eval_prompts",
     "prompts_per_step",

@@ -206,6 +206,13 @@ def load_tokenizer(path: str | Path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
+def save_model(folder: str | Path, model, tokenizer) -> None:
+    """Model and tokenizer as a Hugging Face folder that `load_model` and others can read."""
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 @contextlib.contextmanager
 def _named_errors(path: str | Path) -> Iterator[None]:
     """What transformers raises about the files in `path`, as one line that names the folder."""

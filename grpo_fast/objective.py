@@ -79,8 +79,8 @@ def policy_terms(
     of the sequence), which needs `segments` and the `segment_reduce` of the chosen implementation.
     """
     sequence_level = config.importance_sampling_level == "sequence"
-    # On policy the log-ratio is exactly 0, the ratio exactly 1.
-    log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp
+    # On policy the log-ratio is exactly 0 and the ratio exactly 1, but NaN stays NaN.
+    log_ratio = logp - (logp if old_logp is None else old_logp)
     if sequence_level:
         live = torch.where(weights != 0, log_ratio, 0.0)
         means = segment_reduce(live, segments.cu_seqlens).to(logp.dtype) / segments.lengths.clamp(

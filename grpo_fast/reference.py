@@ -31,7 +31,8 @@ def token_logprob(logits: Tensor, targets: Tensor, *, temperature: float | Tenso
     logps = scaled - lse[:, None]
     logp = logps.gather(1, targets[:, None].long())[:, 0]
     # A vocabulary entry of probability 0 adds 0 to the entropy, not 0 * inf.
-    entropy = -torch.where(logps == -math.inf, 0.0, logps.exp() * logps).sum(-1)
+    finite = torch.where(logps == -math.inf, 0.0, logps)
+    entropy = -(logps.exp() * finite).sum(-1)
     return LogProb(logp, lse, entropy)
 
 
