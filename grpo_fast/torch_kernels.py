@@ -94,12 +94,11 @@ def token_logprob_bwd(
     """
     logps = _exact(logits) / _column(temperature) - lse[:, None]
     index = targets[:, None].long()
-    target_logp = logps.gather(1, index)
     probs = logps.exp()
     live = dlogp != 0
-    grad = -dlogp[:, None] * probs
-    # 1 - p as -expm1(log p) keeps its digits for p -> 1
-    grad.scatter_(1, index, dlogp[:, None] * -torch.expm1(target_logp))
+    grad = (-dlogp[:, None] * probs).scatter_(1, index, 0.0)
+    # The target's 1 - p is the sum of all other p, which loses no digit as p goes to 1.
+    grad.scatter_(1, index, -grad.sum(-1, keepdim=True))
     if dentropy is not None:
         live = live | (dentropy != 0)
         finite = logps.clamp_(min=torch.finfo(logps.dtype).min)

@@ -468,6 +468,22 @@ def test_token_logprob_and_its_gradient(impl, device):
         assert_close_to_oracle(got, base, true, name=name)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_confident_token_keeps_its_digits(impl, device):
+    """1 - p from 1e-2 down to 1e-8: each row's gradient to a relative 1e-5, not to its own 1."""
+    logits = torch.randn(13, 300, device=device)
+    targets = torch.arange(13, device=device)
+    logits[range(13), range(13)] += torch.linspace(10, 25, 13, device=device)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = token_logprob(leaf, targets, impl=impl).logprobs
+    truth = reference.token_logprob(exact, targets).logp
+    assert ((got - truth) / truth).abs().max() < 1e-5
+    (grad,), (expected,) = (
+        torch.autograd.grad(x.sum(), y) for x, y in ((got, leaf), (truth, exact))
+    )
+    assert ((grad - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+
+
 def test_logits_in_any_layout(device):
     logits = torch.randn(L, V, S, device=device).permute(2, 0, 1)
     assert logits.stride(-1) != 1
