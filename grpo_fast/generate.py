@@ -219,9 +219,10 @@ def inverse_cdf(probs: Tensor, noise: Tensor, top_p: float = 1.0) -> Tensor:
     if order is not None:
         before = torch.cat([torch.zeros_like(total), mass[:, :-1]], 1)
         total = mass.gather(1, (before < top_p).sum(1, keepdim=True) - 1)
-    # Below the total even after rounding, so that no token of probability 0 is past it.
-    point = torch.minimum(noise[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    index = torch.searchsorted(mass, point, right=True).clamp(max=probs.shape[1] - 1)
+    # In float64 the product stays below the total, so that no token of probability 0 is past it;
+    # only NaN needs the clamp.
+    index = torch.searchsorted(mass, noise[:, None] * total, right=True)
+    index = index.clamp(max=probs.shape[1] - 1)
     return (index if order is None else order.gather(1, index))[:, 0]
 
 

@@ -234,10 +234,10 @@ def test_the_mode_comes_back_after_an_error():
     assert model.training
 
 
-def test_sliding_windows_work():
+def sliding_windows():
     from transformers import MistralConfig, MistralForCausalLM
 
-    model = MistralForCausalLM(
+    return MistralForCausalLM(
         MistralConfig(
             vocab_size=50,
             hidden_size=32,
@@ -248,7 +248,30 @@ def test_sliding_windows_work():
             sliding_window=3,
             initializer_range=0.3,
         )
-    ).eval()
+    )
+
+
+def learned_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=None,
+            eos_token_id=None,
+            initializer_range=0.3,
+        )
+    )
+
+
+@pytest.mark.parametrize("build", [sliding_windows, learned_positions])
+def test_other_architectures(build):
+    """Rotary positions are relative and forgive a shift by the padding; learned ones do not."""
+    model = build().eval()
     for prompt, group in zip(PROMPTS, run(model, eos_token_ids=ENDS), strict=True):
         for one in group:
             logps = model(torch.tensor([prompt + one.token_ids])).logits[0].log_softmax(-1)
