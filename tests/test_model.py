@@ -55,21 +55,6 @@ def test_hidden_states_carry_gradients_and_no_cache(folder):
     assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
 
 
-def test_padding_on_either_side_changes_no_state(folder):
-    model = load(folder)
-    alone = hidden_states(model, torch.tensor([[5, 6, 7]]))
-    right = hidden_states(model, torch.tensor([[5, 6, 7, 0, 0], [1, 2, 3, 4, 5]]))
-    assert torch.allclose(right[0, :3], alone[0], atol=1e-6)
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    left = hidden_states(
-        model,
-        torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]),
-        mask,
-        (mask.cumsum(1) - 1).clamp(min=0),
-    )
-    assert torch.allclose(left[0, 2:], alone[0], atol=1e-6)
-
-
 SMALL = {
     "vocab_size": 20,
     "hidden_size": 16,
@@ -81,6 +66,33 @@ SMALL = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+
+
+def learned_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=None)
+    ).eval()
+
+
+@pytest.mark.parametrize("build", [tiny_model, learned_positions])
+def test_padding_on_either_side_changes_no_state(build):
+    model = build()
+    alone = hidden_states(model, torch.tensor([[5, 6, 7]]))
+    right = hidden_states(model, torch.tensor([[5, 6, 7, 0, 0], [1, 2, 3, 4, 5]]))
+    assert torch.allclose(right[0, :3], alone[0], atol=1e-6)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    left = hidden_states(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    assert torch.allclose(left[0, 2:], alone[0], atol=1e-6)
+
+
+def test_a_mask_needs_no_positions_where_they_are_relative():
+    model = tiny_model()
+    left = hidden_states(model, torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]]))
+    alone = hidden_states(model, torch.tensor([[5, 6]]))
+    assert torch.allclose(left[0, 2:], alone[0], atol=1e-6)
 
 
 def test_known_options_that_change_logits_are_refused_by_name():
@@ -216,9 +228,12 @@ def test_a_missing_or_damaged_tokenizer_is_named(folder, tmp_path):
             action(folder)
 
 
-def test_loading_is_silent_and_leaves_the_logging_as_it_was(folder, capfd):
+def test_loading_is_silent_and_leaves_the_logging_as_it_was(folder, capfd, request):
     from transformers.utils import logging
 
+    usual = logging.get_verbosity()
+    request.addfinalizer(lambda: logging.set_verbosity(usual))
+    logging.set_verbosity_warning()
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     assert before[1]
     capfd.readouterr()
@@ -257,6 +272,7 @@ def test_a_model_is_made_once(maker):
     for _ in range(2):
         assert resolve_model(spec, directory=directory, seed=0) == directory
     assert calls.read_text() == "x"
+    assert list(directory.parent.iterdir()) == [directory], "nothing is left beside it"
     check_head(load(directory))
     assert load_tokenizer(directory)("ab")["input_ids"] == [3, 4]
     with pytest.raises(ConfigError, match="was made by .*'seed': 0}, this run wants .*'seed': 9}"):

@@ -12,8 +12,7 @@ from grpo_fast.tiny import tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m.role }}={{ m.content }}{% if not loop.last or m.role != 'assistant' %}.{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}a={% endif %}"
+    "{{ m.role }}={{ m.content }}.{% endfor %}{% if add_generation_prompt %}a={% endif %}"
 )
 
 
