@@ -2,73 +2,73 @@
 
 Shapes: `N` rows, `V` vocabulary, `D` hidden, `S` sequences, `T` packed tokens, `P` groups. Nothing
 here is fast and nothing is chunked; gradients are autograd's own. Kernels, `torch_kernels` and
-`ops` are tested against this file in float64, and this file imports none of them.
+`ops` are tested against this file in float64, and this file imports none of them. What a token's
+log-prob is worth, and how tokens add up, is in `reference_loss`; advantages are in
+`reference_advantage`.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import LossConfig
+from .loss_config import LossConfig
+from .reference_advantage import group_advantage as group_advantage
+from .reference_advantage import multi_reward_advantage as multi_reward_advantage
+from .reference_loss import (
+    TOKEN_OBJECTIVES,
+    Bounds,
+    Tokens,
+    kl_divergence,
+    objective_of,
+    of_top_entropy,
+    policy_factor,
+    token_weights,
+)
 
 
 class LogProb(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor
+    other_squares: Tensor
+    """Sum of p^2 over the vocabulary without the target."""
 
 
 def token_logprob(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0) -> LogProb:
-    """`log_softmax(logits / temperature).gather(targets)`, its log-sum-exp and its entropy in nats.
+    """`log_softmax(logits / temperature).gather(targets)`, its log-sum-exp, its entropy in nats and
+    the sum of the squared probabilities of all but the target.
 
-    logits [N, V], targets [N], temperature a number or [N] -> three [N].
+    logits [N, V], targets [N], temperature a number or [N] -> four [N].
     """
     scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
     scaled = logits / scale
     lse = scaled.logsumexp(-1)
     logps = scaled - lse[:, None]
-    logp = logps.gather(1, targets[:, None].long())[:, 0]
+    index = targets[:, None].long()
+    logp = logps.gather(1, index)[:, 0]
     # A vocabulary entry of probability 0 adds 0 to the entropy, not 0 * inf.
     finite = torch.where(logps == -math.inf, 0.0, logps)
-    entropy = -(logps.exp() * finite).sum(-1)
-    return LogProb(logp, lse, entropy)
-
-
-def clamped(log_ratio: Tensor, limit: float) -> Tensor:
-    """`log_ratio.clamp(-limit, limit)` whose slope stays 1, so that a far-off token is still pulled
-    back."""
-    return log_ratio + (log_ratio.clamp(-limit, limit) - log_ratio).detach()
-
-
-def kl_divergence(logp: Tensor, ref_logp: Tensor, *, estimator: str, limit: float) -> Tensor:
-    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d with d = logp - ref_logp (Schulman, "Approximating
-    KL divergence")."""
-    d = clamped(logp - ref_logp, limit)
-    return {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d}[
-        estimator
-    ]()
-
-
-def clip_objective(
-    ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float, delta: float | None
-) -> Tensor:
-    """`-min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)` (PPO; delta:
-    INTELLECT-2)."""
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    return -torch.minimum(
-        capped * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
-    )
+    probs = logps.exp()
+    others = probs.scatter(1, index, 0.0)
+    return LogProb(logp, lse, -(probs * finite).sum(-1), others.square().sum(-1))
 
 
 class PolicyRows(NamedTuple):
+    """One entry a row, 0 where masked."""
+
     loss: Tensor
-    """weight x (objective + beta x KL), summing to the loss."""
+    """weight x (policy term + beta x KL) - entropy weight x entropy, summing to the loss."""
     logp: Tensor
     entropy: Tensor
     ratio: Tensor
     kl: Tensor | None
+    """As it enters the loss, so times the ratio under `bias_corrected_kl`."""
+    mass: Tensor
+    """L2 norm of the row of d(loss) / d(logits), the entropy bonus left out."""
 
 
 def policy_loss(
@@ -79,43 +79,169 @@ def policy_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    epsilon: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
+    objective: str = "clip",
+    low: float = 0.0,
+    high: float = 0.0,
+    cap: float = math.inf,
+    dual_clip: float = math.inf,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    bias_corrected_kl: bool = False,
     log_ratio_clamp: float = 20.0,
 ) -> PolicyRows:
-    """Token-level GRPO of N rows, from logits [N, V]; everything else is [N]. `weights` is the
-    aggregation, 0 = masked.
+    """`weights (policy_weights objective + beta KL) - entropy_weights entropy` of N rows, every
+    token by itself.
 
-    A row of weight 0 adds exactly 0 to everything, whatever it holds.
+    logits [N, V], everything else [N]. `weights` is the aggregation: a row of weight 0 is masked
+    and adds exactly 0 to everything, whatever it holds. What low, high, cap and dual_clip bound is
+    the objective's choice, see `reference_loss`.
     """
-    keep = weights != 0
-    targets = torch.where(keep, targets, 0)
-    logits = torch.where(keep[:, None], logits, 0.0)
-    logp, _, entropy = token_logprob(logits, targets, temperature=temperature)
-    # without old log-probs the policy is its own: ratio 1, slope 1
-    old = logp.detach() if old_logp is None else torch.where(keep, old_logp, 0.0)
-    ratio = clamped(logp - old, log_ratio_clamp).exp()
-    advantages = torch.where(keep, advantages, 0.0)
-    loss = clip_objective(
-        ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta
+    bounds = Bounds(low, high, cap, dual_clip)
+
+    def term(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        loss = TOKEN_OBJECTIVES[objective](tokens, bounds)
+        loss = loss if policy_weights is None else policy_weights * loss
+        return _with_kl(loss, tokens, beta, kl_estimator, bias_corrected_kl)
+
+    return _policy_rows(
+        logits,
+        targets,
+        advantages,
+        weights,
+        mask=weights != 0,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        temperature=temperature,
+        log_ratio_clamp=log_ratio_clamp,
+        term=term,
+        bonus=lambda tokens: entropy_weights,
     )
-    kl = None
-    if ref_logp is not None:
-        ref = torch.where(keep, ref_logp, 0.0)
-        kl = kl_divergence(logp, ref, estimator=kl_estimator, limit=log_ratio_clamp)
-        loss = loss + beta * kl if beta else loss
-        kl = torch.where(keep, kl, 0.0)
-    zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
+
+
+def policy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    entropy_weights: Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    temperature: float | Tensor,
+    config: LossConfig,
+) -> PolicyRows:
+    """`policy_loss` with every option of a LossConfig, formulas of a whole sequence included.
+
+    mask [N] bool; weights [N], the aggregation; cu_seqlens [S+1], or None where nothing is per
+    sequence. entropy_weights [N] are those of live tokens; without them the bonus is entropy_coef x
+    the mean entropy, over `entropy_denominator` in place of the number of tokens. The top-entropy
+    mask acts on either.
+    """
+
+    def term(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        loss = policy_factor(tokens, config) * objective_of(config)(tokens)
+        return _with_kl(
+            loss, tokens, config.beta, config.kl_estimator, config.use_bias_correction_kl
+        )
+
+    def bonus(tokens: Tokens) -> Tensor | None:
+        acting = of_top_entropy(tokens, config.top_entropy_quantile).to(tokens.entropy.dtype)
+        if entropy_weights is not None:
+            return entropy_weights * acting
+        count = acting.sum() if entropy_denominator is None else entropy_denominator
+        return config.entropy_coef * acting / count if config.entropy_coef else None
+
+    return _policy_rows(
+        logits,
+        targets,
+        advantages,
+        weights,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        temperature=temperature,
+        level=config.level,
+        log_ratio_clamp=config.log_ratio_clamp,
+        term=term,
+        bonus=bonus,
+    )
+
+
+def _with_kl(
+    loss: Tensor, tokens: Tokens, beta: float, estimator: str, bias_corrected: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`loss + beta KL`, and the KL where there is a reference."""
+    if tokens.ref_logprobs is None:
+        return loss, None
+    kl = kl_divergence(
+        tokens.logprobs, tokens.ref_logprobs, estimator=estimator, limit=tokens.log_ratio_clamp
+    )
+    kl = kl * tokens.ratio if bias_corrected else kl
+    return (loss + beta * kl if beta else loss), kl
+
+
+def _policy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None = None,
+    temperature: float | Tensor,
+    level: str = "token",
+    log_ratio_clamp: float,
+    term: Callable[[Tokens], tuple[Tensor, Tensor | None]],
+    bonus: Callable[[Tokens], Tensor | None],
+) -> PolicyRows:
+    """Rows of `weights term(tokens) - bonus(tokens) entropy`."""
+
+    def live(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(mask, x, torch.zeros_like(x))
+
+    def tokens_of(logits: Tensor) -> Tokens:
+        logits = torch.where(mask[:, None], logits, 0.0)
+        rows = token_logprob(logits, live(targets), temperature=temperature)
+        logp = live(rows.logp)
+        return Tokens(
+            logprobs=logp,
+            old_logprobs=logp.detach() if old_logp is None else live(old_logp),
+            ref_logprobs=live(ref_logp),
+            sampler_logprobs=live(sampler_logp),
+            advantages=live(advantages),
+            mask=mask,
+            entropy=live(rows.entropy),
+            cu_seqlens=cu_seqlens,
+            level=level,
+            log_ratio_clamp=log_ratio_clamp,
+        )
+
+    tokens = tokens_of(logits)
+    loss, kl = term(tokens)
+    loss = live(weights * loss)
+    entropy_weights = bonus(tokens)
+    if entropy_weights is not None:
+        loss = loss - live(entropy_weights * tokens.entropy)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        seen = tokens_of(leaf)
+        # What a user's objective makes of the entropy is a bonus too.
+        seen = replace(seen, entropy=seen.entropy.detach())
+        (gradient,) = torch.autograd.grad(live(weights * term(seen)[0]).sum(), leaf)
     return PolicyRows(
-        torch.where(keep, weights * loss, zero),
-        torch.where(keep, logp, zero),
-        torch.where(keep, entropy, zero),
-        torch.where(keep, ratio, zero),
-        kl,
+        loss, tokens.logprobs, tokens.entropy, live(tokens.ratio), live(kl), gradient.norm(dim=-1)
     )
 
 
@@ -127,75 +253,6 @@ def segment_reduce(x: Tensor, cu_seqlens: Tensor, *, reduce: str = "sum") -> Ten
     return sums if reduce == "sum" else sums / torch.diff(cu_seqlens).clamp(min=1).to(x.dtype)
 
 
-class GroupAdvantage(NamedTuple):
-    advantages: Tensor
-    mean: Tensor
-    std: Tensor
-    degenerate: Tensor
-
-
-def group_advantage(
-    rewards: Tensor,
-    group_ids: Tensor,
-    *,
-    scale: str = "group",
-    baseline: str = "mean",
-    unbiased: bool = True,
-    eps: float = 1e-4,
-) -> GroupAdvantage:
-    """`(r - mean_group) / (std + eps)` for rewards [S]; NaN rewards are left out of every
-    statistic, advantage 0.
-
-    `mean`, `std` (of the group, NaN where undefined) and `degenerate` (fewer than two scored
-    members, or all equal) are [P], groups in ascending id. `leave_one_out` subtracts the mean of
-    the other members.
-    """
-    ids = torch.unique(group_ids)
-    mean, std = rewards.new_full((len(ids),), math.nan), rewards.new_full((len(ids),), math.nan)
-    degenerate = torch.ones(len(ids), dtype=torch.bool, device=rewards.device)
-    advantages = torch.zeros_like(rewards)
-    valid = ~rewards.isnan()
-    for p, group in enumerate(ids):
-        member = (group_ids == group) & valid
-        r = rewards[member]
-        if len(r) > 0:
-            mean[p] = r.mean()
-        if len(r) >= 2:
-            std[p] = r.std(correction=int(unbiased))
-            degenerate[p] = bool((r == r[0]).all())
-        if not degenerate[p]:
-            base = mean[p] if baseline == "mean" else (r.sum() - r) / (len(r) - 1)
-            advantages[member] = r - base
-            if scale == "group":
-                advantages[member] /= std[p] + eps
-    if scale == "batch":
-        r = rewards[valid]
-        spread = r.std(correction=int(unbiased)) if len(r) >= 2 else rewards.new_zeros(())
-        advantages = torch.where(advantages == 0, 0.0, advantages / (spread + eps))
-    return GroupAdvantage(advantages, mean, std, degenerate)
-
-
-def token_weights(
-    mask: Tensor, cu_seqlens: Tensor, config: LossConfig, denominator: float | Tensor | None
-) -> Tensor:
-    """The aggregation as one weight a token: loss = sum(weights x per-token loss). mask [T] bool ->
-    [T]."""
-    per_sequence = segment_reduce(mask.double(), cu_seqlens)
-    lengths = per_sequence.repeat_interleave(torch.diff(cu_seqlens).long())
-    sequences = len(cu_seqlens) - 1
-    if config.loss_type == "grpo":
-        normaliser = max(sequences, 1) if denominator is None else denominator
-        return mask / lengths.clamp(min=1) / normaliser
-    if config.loss_type == "dr_grpo":
-        assert denominator is not None or config.max_completion_length is not None
-        normaliser = (
-            max(sequences, 1) * config.max_completion_length if denominator is None else denominator
-        )
-    else:
-        normaliser = per_sequence.sum().clamp(min=1) if denominator is None else denominator
-    return mask.double() / normaliser
-
-
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -203,27 +260,17 @@ def linear_grpo_loss(
     advantages: Tensor,
     *,
     mask: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
     bias: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    config: LossConfig,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    **rows,
 ) -> PolicyRows:
-    """`grpo_loss(hidden @ weight.T + bias)`: hidden [T, D], weight [V, D], the rest [T]; cu_seqlens
-    [S+1]."""
-    logits = torch.nn.functional.linear(torch.where(mask[:, None], hidden, 0.0), weight, bias)
-    return grpo_loss(
-        logits,
-        targets,
-        advantages,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        denominator=denominator,
-        config=config,
-    )
+    """`grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)))`, `cap(x) = softcap tanh(x /
+    softcap)`: hidden [T, D], weight [V, D], bias [V], the rest as in `grpo_loss`."""
+    hidden = torch.where(mask[:, None], hidden, 0.0)
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return grpo_loss(logits, targets, advantages, mask=mask, **rows)
 
 
 def grpo_loss(
@@ -232,75 +279,33 @@ def grpo_loss(
     advantages: Tensor,
     *,
     mask: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
     config: LossConfig,
 ) -> PolicyRows:
-    """GRPO of T rows of logits [T, V], token or sequence level, averaged by `config.loss_type`."""
-    weights = token_weights(mask, cu_seqlens, config, denominator).to(logits.dtype)
+    """The loss a LossConfig asks for, as rows that sum to it: logits [T, V], cu_seqlens [S+1],
+    group_ids [S], everything else [T].
+
+    `temperature` replaces the config's, `denominator` the normaliser of the aggregation and
+    `entropy_denominator` the number of tokens that the entropy bonus is a mean over.
+    """
     return policy_rows(
         logits,
         targets,
         advantages,
-        weights,
+        token_weights(mask, cu_seqlens, config, denominator, group_ids).to(logits.dtype),
+        mask=mask,
         cu_seqlens=cu_seqlens,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        entropy_denominator=entropy_denominator,
+        temperature=config.temperature if temperature is None else temperature,
         config=config,
-    )
-
-
-def policy_rows(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    cu_seqlens: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    config: LossConfig,
-) -> PolicyRows:
-    """`policy_loss` with the options of a LossConfig; at sequence level one ratio, exp(mean
-    log-ratio), a sequence."""
-    clip = {"epsilon": config.epsilon, "epsilon_high": config.clip_high, "delta": config.delta}
-    if config.importance_sampling_level == "token":
-        return policy_loss(
-            logits,
-            targets,
-            advantages,
-            weights,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            temperature=config.temperature,
-            beta=config.beta,
-            kl_estimator=config.kl_estimator,
-            log_ratio_clamp=config.log_ratio_clamp,
-            **clip,
-        )
-    mask = weights != 0
-    logits = torch.where(mask[:, None], logits, 0.0)
-    targets = torch.where(mask, targets, 0)
-    logp, _, entropy = token_logprob(logits, targets, temperature=config.temperature)
-    old = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)
-    log_ratio = torch.where(mask, logp - old, 0.0)
-    lengths = segment_reduce(mask.to(logp.dtype), cu_seqlens).clamp(min=1)
-    means = segment_reduce(log_ratio, cu_seqlens) / lengths
-    spread = means.repeat_interleave(torch.diff(cu_seqlens).long())
-    ratio = clamped(spread, config.log_ratio_clamp).exp()
-    loss = clip_objective(ratio, torch.where(mask, advantages, 0.0), **clip)
-    kl = None
-    if ref_logp is not None:
-        ref = torch.where(mask, ref_logp, 0.0)
-        kl = kl_divergence(logp, ref, estimator=config.kl_estimator, limit=config.log_ratio_clamp)
-        loss = loss + config.beta * kl if config.beta else loss
-        kl = torch.where(mask, kl, 0.0)
-    return PolicyRows(
-        torch.where(mask, weights * loss, 0.0),
-        torch.where(mask, logp, 0.0),
-        torch.where(mask, entropy, 0.0),
-        torch.where(mask, ratio, 0.0),
-        kl,
     )

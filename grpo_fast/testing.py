@@ -20,13 +20,14 @@ def assert_close_to_oracle(
     *,
     name: str,
     factor: float = 2.0,
+    scale: float = 0.0,
 ) -> None:
     """`actual` is at most `factor` times as far from the float64 `oracle` as the same-dtype `eager`
     run is.
 
     Both the largest error and the relative Frobenius error are held to it, each with a slack of a
-    few roundings of the compared dtype; NaN and inf must stand in the same places with the same
-    sign.
+    few roundings of the compared dtype, of the largest entry or of `scale`: the size of what was
+    summed, where terms cancel. NaN and inf must stand in the same places with the same sign.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
     got, base, truth = (x.detach().double().cpu() for x in (actual, eager, oracle))
@@ -41,13 +42,13 @@ def assert_close_to_oracle(
         return
     slack = SLACK_EPS[actual.dtype] * torch.finfo(actual.dtype).eps
     error, baseline = (got - truth)[finite], (base - truth)[finite].nan_to_num()
-    scale = float(truth[finite].abs().max())
+    scale = max(scale, float(truth[finite].abs().max()))
     limit = factor * float(baseline.abs().max()) + slack * scale
     worst = float(error.abs().max())
     assert worst <= limit, (
         f"{name}: largest error {worst:.3e}, allowed {limit:.3e} (scale {scale:.3e})"
     )
-    norm = float(truth[finite].norm())
+    norm = max(scale, float(truth[finite].norm()))
     relative, allowed = float(error.norm()), factor * float(baseline.norm()) + slack * norm
     assert relative <= allowed, (
         f"{name}: error norm {relative:.3e}, allowed {allowed:.3e} (norm {norm:.3e})"
@@ -91,8 +92,8 @@ def random_rows(
         "targets": targets,
         "advantages": normal(n).float(),
         "weights": weights.float(),
-        "old_logp": (logp + 0.3 * normal(n)).float(),
-        "ref_logp": (logp + 0.5 * normal(n)).float(),
+        "old_logp": (logp + 0.3 * normal(n)).clamp(max=0).float(),
+        "ref_logp": (logp + 0.5 * normal(n)).clamp(max=0).float(),
     }
     return {name: value.to(device) for name, value in rows.items()}
 
@@ -108,7 +109,7 @@ def random_sequences(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Arguments of `linear_grpo_loss`, padded [S, L]: peaked head, random mask with one empty
-    sequence, garbage under it."""
+    sequence, garbage under it, groups of two; a tenth of the tokens the sampler did not score."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -122,13 +123,22 @@ def random_sequences(
         mask[0] = False
     logits = hidden.double() @ weight.double().T
     logp = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+    def policy(distance: float, masked: float) -> Tensor:
+        other = (logp + distance * normal(s, length)).clamp(max=0)
+        return other.float().masked_fill(~mask, masked)
+
     batch = {
         "hidden": hidden,
         "weight": weight,
         "targets": targets.masked_fill(~mask, -100),
         "advantages": normal(s).float(),
         "mask": mask,
-        "old_logprobs": (logp + 0.3 * normal(s, length)).float().masked_fill(~mask, math.nan),
-        "ref_logprobs": (logp + 0.5 * normal(s, length)).float().masked_fill(~mask, math.inf),
+        "old_logprobs": policy(0.3, masked=math.nan),
+        "ref_logprobs": policy(0.5, masked=math.inf),
+        "sampler_logprobs": policy(0.4, masked=-math.inf),
+        "group_ids": torch.arange(s) // 2,
     }
+    unscored = torch.rand(s, length, generator=generator) < 0.1
+    batch["sampler_logprobs"].masked_fill_(unscored, math.nan)
     return {name: value.to(device) for name, value in batch.items()}
