@@ -35,9 +35,20 @@ _FORWARD = _ROWS | _pointers("fp32", "logp", "lse")
 _BACKWARD = _ROWS | {"stride_out": "i64"} | _pointers("fp32", "dlogp", "lse")
 _POLICY = (
     _ROWS
-    | _pointers("fp32", "advantages", "weights", "loss", "logp", "entropy", "ratio")
+    | _pointers("fp32", "advantages", "weights", "loss", "logp", "entropy", "ratio", "mass")
     | {"stride_dlogits": "i64"}
-    | dict.fromkeys(("ratio_low", "ratio_high", "delta", "beta", "log_ratio_clamp"), "fp32")
+    | dict.fromkeys(("low", "high", "cap", "dual_clip", "beta", "log_ratio_clamp"), "fp32")
+)
+_CLIP = {
+    "p_policy_weights": None,
+    "p_entropy_weights": None,
+    "OBJECTIVE": "clip",
+    "ESTIMATOR": "k3",
+    "K2_SLOPE": False,
+    "BIAS_CORRECTED": False,
+}
+_EVERYTHING = _pointers(
+    "fp32", "old_logp", "ref_logp", "kl", "policy_weights", "entropy_weights", "temperature"
 )
 _GROUP = _pointers("fp32", "rewards", "advantages", "mean", "std") | {
     "p_offsets": "*i64",
@@ -59,13 +70,21 @@ TABLE: dict[str, tuple[Variant, ...]] = {
         Variant(
             label="bf16 entropy",
             types=_FORWARD | _pointers("bf16", "logits") | _pointers("fp32", "entropy"),
-            constants=ALIGNED | {"p_temperature": None},
+            constants=ALIGNED | {"p_temperature": None, "p_other_squares": None},
             configs=_all(token_logprob.CONFIGS),
+        ),
+        Variant(
+            label="bf16 entropy squares",
+            types=_FORWARD
+            | _pointers("bf16", "logits")
+            | _pointers("fp32", "entropy", "other_squares"),
+            constants=ALIGNED | {"p_temperature": None},
+            configs=_widest(token_logprob.CONFIGS),
         ),
         Variant(
             label="fp32 temperatures ragged",
             types=_FORWARD | _pointers("fp32", "logits", "temperature"),
-            constants=RAGGED | {"p_entropy": None},
+            constants=RAGGED | {"p_entropy": None, "p_other_squares": None},
             configs=_widest(token_logprob.CONFIGS),
         ),
     ),
@@ -74,14 +93,14 @@ TABLE: dict[str, tuple[Variant, ...]] = {
             label="bf16",
             types=_BACKWARD | _pointers("bf16", "logits", "out"),
             constants=ALIGNED | {"p_temperature": None, "p_dentropy": None, "p_entropy": None},
-            configs=_all(token_logprob.CONFIGS),
+            configs=_all(token_logprob.GRADIENT_CONFIGS),
         ),
         Variant(
             label="fp32 entropy temperatures ragged",
             types=_BACKWARD
             | _pointers("fp32", "logits", "out", "temperature", "dentropy", "entropy"),
             constants=RAGGED,
-            configs=_widest(token_logprob.CONFIGS),
+            configs=_widest(token_logprob.GRADIENT_CONFIGS),
         ),
     ),
     "_policy_loss_kernel": (
@@ -90,20 +109,33 @@ TABLE: dict[str, tuple[Variant, ...]] = {
             types=_POLICY
             | _pointers("bf16", "logits", "dlogits")
             | _pointers("fp32", "old_logp", "ref_logp", "kl"),
-            constants=ALIGNED | {"p_temperature": None, "ESTIMATOR": "k3"},
+            constants=ALIGNED | _CLIP | {"p_temperature": None},
             configs=_all(policy_loss.CONFIGS),
         ),
         Variant(
             label="fp32 gradient",
             types=_POLICY | _pointers("fp32", "logits", "dlogits", "old_logp"),
-            constants=ALIGNED
-            | {"p_temperature": None, "p_ref_logp": None, "p_kl": None, "ESTIMATOR": "k3"},
+            constants=ALIGNED | _CLIP | {"p_temperature": None, "p_ref_logp": None, "p_kl": None},
             configs=_widest(policy_loss.CONFIGS),
         ),
         Variant(
-            label="fp32 temperatures ragged loss-only",
+            label="fp32 sapo temperatures ragged loss-only",
             types=_POLICY | _pointers("fp32", "logits", "temperature", "ref_logp", "kl"),
-            constants=RAGGED | {"p_old_logp": None, "p_dlogits": None, "ESTIMATOR": "k2"},
+            constants=RAGGED
+            | _CLIP
+            | {"OBJECTIVE": "sapo", "ESTIMATOR": "abs", "p_old_logp": None, "p_dlogits": None},
+            configs=_widest(policy_loss.CONFIGS),
+        ),
+        Variant(
+            label="bf16 everything dppo_kl",
+            types=_POLICY | _EVERYTHING | _pointers("bf16", "logits", "dlogits"),
+            constants=ALIGNED
+            | {
+                "OBJECTIVE": "dppo_kl",
+                "ESTIMATOR": "k3",
+                "K2_SLOPE": True,
+                "BIAS_CORRECTED": True,
+            },
             configs=_widest(policy_loss.CONFIGS),
         ),
     ),
@@ -113,8 +145,8 @@ TABLE: dict[str, tuple[Variant, ...]] = {
             types=_GROUP,
             constants={
                 "p_order": None,
-                "SCALE_BY_STD": True,
-                "LEAVE_ONE_OUT": False,
+                "SCALE": "group",
+                "BASELINE": "mean",
                 "UNBIASED": True,
             },
             configs=_all(group_advantage.CONFIGS),
@@ -122,7 +154,18 @@ TABLE: dict[str, tuple[Variant, ...]] = {
         Variant(
             label="order leave-one-out",
             types=_GROUP | {"p_order": "*i64"},
-            constants={"SCALE_BY_STD": False, "LEAVE_ONE_OUT": True, "UNBIASED": False},
+            constants={"SCALE": "none", "BASELINE": "leave_one_out", "UNBIASED": False},
+            configs=_all(group_advantage.CONFIGS),
+        ),
+        Variant(
+            label="mean pass-at-k",
+            types=_GROUP,
+            constants={
+                "p_order": None,
+                "SCALE": "mean",
+                "BASELINE": "pass_at_k",
+                "UNBIASED": True,
+            },
             configs=_all(group_advantage.CONFIGS),
         ),
     ),

@@ -17,6 +17,15 @@ INTEGERS = (torch.int64, torch.int32)
 MAX_PROGRAMS = 2**31 - 1
 # Offsets within a row are int32, and the last tile reaches past the end.
 MAX_VOCABULARY = 2**30
+# Tiles of the kernels that take a row's statistics. One list for all of them: sums in one order
+# give log-probs equal to the bit, and so a ratio of exactly 1 between them. 8 entries a thread: one
+# 16-byte load of half precision, and no spills. Wide programs keep few rows in flight, so that a
+# second sweep still finds some of its row in L2.
+STATISTICS_CONFIGS = [
+    {"BV": 4096, "num_warps": 16},
+    {"BV": 1024, "num_warps": 4},
+    {"BV": 256, "num_warps": 1},
+]
 # A mask that changes only every 16 entries keeps loads and stores 16 bytes wide.
 ALIGNED_ENTRIES = 16
 

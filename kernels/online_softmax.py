@@ -38,12 +38,14 @@ def inverse_temperature(p_temperature, temperature, i_row):
 
 
 @triton.jit
-def row_statistics(p_row, i_target, v_size, inv_temperature, BV: tl.constexpr):
-    """(peak, target, others, weighted) of one row x, with e = exp((x - peak) / temperature).
+def row_statistics(
+    p_row, i_target, v_size, inv_temperature, SQUARES: tl.constexpr, BV: tl.constexpr
+):
+    """(peak, target, others, weighted, squares) of a row x, with e = exp((x - peak) / temperature).
 
     peak is the largest logit (0 for a row of -inf only), target = x_t - peak, others the sum of e
-    without the target's, weighted the sum of e (x - peak) with it. A target outside [0, V) is never
-    read and makes all of them NaN.
+    without the target's, weighted the sum of e (x - peak) with it, squares, if asked for, the sum
+    of e^2 without the target's. A target outside [0, V) is never read and makes all of them NaN.
     """
     inside = (i_target >= 0) & (i_target < v_size)
     i_target = i_target.to(tl.int32)
@@ -53,6 +55,7 @@ def row_statistics(p_row, i_target, v_size, inv_temperature, BV: tl.constexpr):
     peak = x_target
     b_others = tl.zeros([BV], tl.float32)
     b_weighted = tl.zeros([BV], tl.float32)
+    b_squares = tl.zeros([BV], tl.float32)
     for o in range(0, v_size, BV):
         o_v = o + tl.arange(0, BV)
         m_v = (o_v < v_size) & (o_v != i_target)
@@ -65,16 +68,23 @@ def row_statistics(p_row, i_target, v_size, inv_temperature, BV: tl.constexpr):
             decay = tl.exp2(growth * scale)
             b_weighted = (b_weighted + b_others * growth) * decay
             b_others = b_others * decay
+            if SQUARES:
+                b_squares = b_squares * (decay * decay)
             peak = b_peak
         b_d = b_x - tl.where(peak == -INF, 0.0, peak)
         b_e = tl.exp2(b_d * scale)
         b_others += b_e
+        if SQUARES:
+            b_squares += b_e * b_e
         b_weighted += tl.where(b_d == -INF, 0.0, b_e * b_d)
     peak = tl.where(peak == -INF, 0.0, peak)
     target = x_target - peak
     e_target = tl.exp2(target * scale)
     weighted = tl.sum(b_weighted, 0) + tl.where(target == -INF, 0.0, e_target * target)
-    return peak, target, tl.sum(b_others, 0), weighted
+    squares = 0.0
+    if SQUARES:
+        squares = tl.sum(b_squares, 0)
+    return peak, target, tl.sum(b_others, 0), weighted, squares
 
 
 @triton.jit

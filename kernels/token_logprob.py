@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .launch import (
     INTEGERS,
+    STATISTICS_CONFIGS,
     check_logits,
     check_tensor,
     check_written_rows,
@@ -31,8 +32,9 @@ from .online_softmax import (
     zero_row,
 )
 
-# 8 entries a thread: one 16-byte load of half precision, no spills, five programs on an SM.
-CONFIGS = [
+CONFIGS = STATISTICS_CONFIGS
+# Of the gradient: 8 entries a thread, no spills, five programs on an SM.
+GRADIENT_CONFIGS = [
     {"BV": 2048, "num_warps": 8},
     {"BV": 256, "num_warps": 1},
 ]
@@ -46,6 +48,7 @@ def _token_logprob_fwd_kernel(
     p_logp,
     p_lse,
     p_entropy,
+    p_other_squares,
     v_units,
     stride_logits,
     temperature,
@@ -56,14 +59,16 @@ def _token_logprob_fwd_kernel(
     inv_temperature = inverse_temperature(p_temperature, temperature, i_row)
     i_target = tl.load(p_targets + i_row)
     p_row = p_logits + i_row * stride_logits
-    peak, target, others, weighted = row_statistics(
-        p_row, i_target, v_units * UNIT, inv_temperature, BV
+    peak, target, others, weighted, squares = row_statistics(
+        p_row, i_target, v_units * UNIT, inv_temperature, p_other_squares is not None, BV
     )
-    logp, log_total, _, entropy = row_logprob(target, others, weighted, inv_temperature)
+    logp, log_total, total, entropy = row_logprob(target, others, weighted, inv_temperature)
     tl.store(p_logp + i_row, logp)
     tl.store(p_lse + i_row, peak * inv_temperature + log_total)
     if p_entropy is not None:
         tl.store(p_entropy + i_row, entropy)
+    if p_other_squares is not None:
+        tl.store(p_other_squares + i_row, squares / (total * total))
 
 
 @triton.jit
@@ -154,6 +159,8 @@ class TokenLogProb(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor | None
+    other_squares: Tensor | None
+    """Sum of p^2 over the vocabulary without the target."""
 
 
 def token_logprob_fwd(
@@ -162,11 +169,13 @@ def token_logprob_fwd(
     *,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = True,
+    return_squares: bool = False,
 ) -> TokenLogProb:
-    """`log_softmax(logits / temperature).gather(targets)`, its log-sum-exp and entropy in nats.
+    """`log_softmax(logits / temperature).gather(targets)`, its log-sum-exp, its entropy in nats and
+    the sum of the other entries' squared probabilities, the last two on request.
 
     logits [N, V] of any row stride, targets [N] int32 or int64, temperature a number or [N] float32
-    -> three [N] float32. A target outside [0, V) gives NaN, as does a NaN or +inf in the row.
+    -> [N] float32 each. A target outside [0, V) gives NaN, as does a NaN or +inf in the row.
     Raises ValueError for a wrong shape, dtype, device or stride.
     """
     n, v = check_logits(logits, _token_logprob_fwd_kernel)
@@ -174,6 +183,7 @@ def token_logprob_fwd(
     scale = temperature_arguments(temperature, n, logits.device)
     logp, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     entropy = torch.empty_like(logp) if return_entropy else None
+    other_squares = torch.empty_like(logp) if return_squares else None
     if n:
         with torch.cuda.device_of(logits):
             _token_logprob_fwd_kernel[grid_of(n)](
@@ -182,11 +192,12 @@ def token_logprob_fwd(
                 p_logp=logp,
                 p_lse=lse,
                 p_entropy=entropy,
+                p_other_squares=other_squares,
                 stride_logits=logits.stride(0),
                 **scale,
                 **vocabulary_arguments(CONFIGS, v),
             )
-    return TokenLogProb(logp, lse, entropy)
+    return TokenLogProb(logp, lse, entropy, other_squares)
 
 
 def token_logprob_bwd(
@@ -231,6 +242,6 @@ def token_logprob_bwd(
                 stride_logits=logits.stride(0),
                 stride_out=out.stride(0),
                 **scale,
-                **vocabulary_arguments(CONFIGS, v),
+                **vocabulary_arguments(GRADIENT_CONFIGS, v),
             )
     return out

@@ -28,6 +28,8 @@ class Mutant:
     new: str
     op: str = ""
     """The op whose check must reject it: that of the file, unless the file serves several."""
+    case: str = ""
+    """The case that is tried first, where the mutant is about one late in the table."""
 
     def __str__(self) -> str:
         return f"{self.op or self.file}: {self.name}"
@@ -51,8 +53,8 @@ MUTANTS = [
     Mutant(
         POLICY,
         "target's column x 1.45",
-        "                    factor * others,\n",
-        "                    1.45 * factor * others,\n",
+        "at_target = factor * others",
+        "at_target = 1.45 * factor * others",
     ),
     Mutant(
         POLICY,
@@ -81,58 +83,319 @@ MUTANTS = [
         "            zero_row(p_dlogits + i_row * stride_dlogits, v_size, BV)",
         "            pass",
     ),
-    Mutant(POLICY, "weight missing from the gradient", "        slope *= weight\n", ""),
+    Mutant(POLICY, "weight missing from the gradient", "weight * slope,", "slope,"),
     Mutant(POLICY, "KL sign flipped", "loss += beta * kl", "loss -= beta * kl"),
     Mutant(POLICY, "KL slope flipped", "slope += beta * kl_slope", "slope -= beta * kl_slope"),
-    Mutant(POLICY, "KL to the other side", "        y = -d\n", "        y = d\n"),
-    Mutant(POLICY, "k2 slope halved", "return d * d * 0.5, d\n", "return d * d * 0.5, d * 0.5\n"),
+    Mutant(POLICY, "KL to the other side", "_expm1(-d)", "_expm1(d)", case="k3"),
+    Mutant(
+        POLICY,
+        "k2 slope halved",
+        "0.5\n        slope = d\n",
+        "0.5\n        slope = d * 0.5\n",
+        case="k2",
+    ),
+    Mutant(POLICY, "|d| without its sign", "kl = tl.where(d < 0.0, -d, d)", "kl = d", case="abs"),
+    Mutant(
+        POLICY, "slope of |d| without its sign", "tl.where(d < 0.0, -1.0, d)", "1.0", case="abs"
+    ),
+    Mutant(POLICY, "k1+ with the slope of k1", "if K2_SLOPE:", "if False:", case="k1+"),
+    Mutant(
+        POLICY,
+        "bias-corrected KL without the ratio",
+        "            kl *= ratio\n",
+        "",
+        case="k3, bias-corrected",
+    ),
+    Mutant(
+        POLICY,
+        "bias-corrected slope without the ratio's own",
+        "(kl_slope + kl) * ratio",
+        "kl_slope * ratio",
+        case="k3, bias-corrected",
+    ),
+    Mutant(
+        POLICY,
+        "bias-corrected slope not times the ratio",
+        "(kl_slope + kl) * ratio",
+        "kl_slope + kl",
+        case="k3, bias-corrected",
+    ),
+    Mutant(
+        POLICY,
+        "policy weight missing from the loss",
+        "        loss *= policy_weight\n",
+        "",
+        case="policy weights",
+    ),
+    Mutant(
+        POLICY,
+        "policy weight missing from the gradient",
+        "        slope *= policy_weight\n",
+        "",
+        case="policy weights",
+    ),
+    Mutant(
+        POLICY,
+        "policy weight on the KL too",
+        "        loss *= policy_weight\n        slope *= policy_weight\n",
+        "        weight *= policy_weight\n",
+        case="policy weights",
+    ),
     Mutant(
         POLICY,
         "KL not clamped",
         "tl.load(p_ref_logp + i_row), log_ratio_clamp)",
         "tl.load(p_ref_logp + i_row), 1e9)",
+        case="narrow clamp",
     ),
     Mutant(
         POLICY,
         "ratio not clamped",
         "ratio = tl.exp(_clamped(logp - old_logp, log_ratio_clamp))",
         "ratio = tl.exp(logp - old_logp)",
+        case="narrow clamp",
     ),
     Mutant(
         POLICY,
         "clip bounds swapped",
-        "                ratio_low=1.0 - epsilon,\n                ratio_high=1.0 + epsilon_high,",
-        "                ratio_low=1.0 - epsilon_high,\n                ratio_high=1.0 + epsilon,",
+        "                low=float(low),\n                high=float(high),",
+        "                low=float(high),\n                high=float(low),",
     ),
     Mutant(
         POLICY,
         "clipped rows still teach",
-        "blocked = (advantage > 0.0) & ((ratio > ratio_high)",
-        "blocked = (advantage > 0.0) & ((ratio < ratio_low)",
+        "blocked = (advantage > 0.0) & ((ratio > high)",
+        "blocked = (advantage > 0.0) & ((ratio < low)",
     ),
     Mutant(
         POLICY,
-        "delta ignored",
-        "capped = tl.where(ratio > delta, delta, ratio) * advantage",
+        "cap ignored",
+        "capped = tl.where(ratio > cap, cap, ratio) * advantage",
         "capped = ratio * advantage",
+        case="cap",
     ),
     Mutant(
         POLICY,
-        "delta ignored in the slope",
-        "((ratio < ratio_low) | (ratio > delta))",
-        "(ratio < ratio_low)",
+        "cap ignored in the slope",
+        "beyond = (ratio < low) | (ratio > cap)",
+        "beyond = (ratio < low)",
+        case="cap",
+    ),
+    Mutant(
+        POLICY,
+        "dual clip ignored",
+        "objective = tl.where(objective > most, most, objective)",
+        "objective = objective",
+        case="dual clip",
+    ),
+    Mutant(
+        POLICY,
+        "dual clip ignored in the slope",
+        " | (ratio > dual_clip)",
+        "",
+        case="dual clip",
+    ),
+    Mutant(
+        POLICY,
+        "dual clip of positive advantages",
+        "most = tl.where(advantage < 0.0,",
+        "most = tl.where(advantage != 0.0,",
+        case="dual clip",
+    ),
+    Mutant(
+        POLICY,
+        "cispo without its lower bound",
+        "slope = -tl.where(ratio < low, low, bounded) * advantage",
+        "slope = -bounded * advantage",
+        case="cispo",
+    ),
+    Mutant(
+        POLICY,
+        "cispo without its upper bound",
+        "bounded = tl.where(ratio > high, high, ratio)",
+        "bounded = ratio",
+        case="cispo",
+    ),
+    Mutant(
+        POLICY,
+        "cispo blocks a gradient",
+        "return slope * logp, slope\n    elif",
+        "return slope * logp, tl.where(ratio > high, 0.0, slope)\n    elif",
+        case="cispo",
+    ),
+    Mutant(
+        POLICY,
+        "cispo without the log-prob",
+        "return slope * logp, slope\n    elif",
+        "return slope, slope\n    elif",
+        case="cispo",
+    ),
+    Mutant(
+        POLICY,
+        "sapo temperatures swapped",
+        "tau = tl.where(advantage > 0.0,",
+        "tau = tl.where(advantage < 0.0,",
+        case="sapo",
+    ),
+    Mutant(POLICY, "sapo without 4 / tau", "-4.0 / tau * gate", "-4.0 * gate", case="sapo"),
+    Mutant(
+        POLICY,
+        "sapo slope without the ratio",
+        "share * share * ratio * advantage",
+        "share * share * advantage",
+        case="sapo",
+    ),
+    Mutant(
+        POLICY,
+        "sapo slope without 1 - sigmoid",
+        "-4.0 * tail * share * share * ratio",
+        "-4.0 * gate * ratio",
+        case="sapo",
+    ),
+    Mutant(
+        POLICY,
+        "sapo gate overflows",
+        "tail = tl.exp(tl.where(x > 0.0, -x, x))",
+        "tail = tl.exp(-x)",
+        case="sapo, steep",
+    ),
+    Mutant(
+        POLICY,
+        "dppo_tv with the lower bound above",
+        "above = p - p_old > high",
+        "above = p - p_old > low",
+        case="dppo_tv",
+    ),
+    Mutant(
+        POLICY,
+        "dppo_tv with the upper bound below",
+        "below = p - p_old < -low",
+        "below = p - p_old < -high",
+        case="dppo_tv",
+    ),
+    Mutant(
+        POLICY,
+        "dppo blocks nothing",
+        "slope = tl.where(blocked, 0.0, -tl",
+        "slope = tl.where(blocked & False, 0.0, -tl",
+        case="dppo_tv",
+    ),
+    Mutant(
+        POLICY,
+        "dppo without its cap",
+        "-tl.where(ratio > cap, cap, ratio) * advantage",
+        "-ratio * advantage",
+        case="dppo_tv",
+    ),
+    Mutant(
+        POLICY,
+        "dppo_kl blocks what moves back",
+        "below = (divergence > low) & (p < p_old)",
+        "below = divergence > low",
+        case="dppo_kl",
+    ),
+    Mutant(
+        POLICY,
+        "dppo_kl without the token's own part",
+        "        divergence += p_old * (old_logp - logp)\n",
+        "",
+        case="dppo_kl",
+    ),
+    Mutant(
+        POLICY,
+        "dppo_kl without the other tokens' part",
+        "divergence = others_old * tl.log(",
+        "divergence = 0.0 * tl.log(",
+        case="dppo_kl",
+    ),
+    Mutant(POLICY, "dro pushes away", "low * d - advantage", "-low * d - advantage", case="dro"),
+    Mutant(POLICY, "dro not halved", "0.5 * low * d * d", "low * d * d", case="dro"),
+    Mutant(
+        POLICY,
+        "reinforce uphill",
+        "return -logp * advantage, -advantage",
+        "return -logp * advantage, advantage",
+        case="reinforce",
+    ),
+    Mutant(
+        POLICY,
+        "mass without the target's column",
+        "tl.sqrt(others * others + squares)",
+        "tl.sqrt(squares)",
+    ),
+    Mutant(
+        POLICY,
+        "mass without the other columns",
+        "tl.sqrt(others * others + squares)",
+        "others",
+    ),
+    Mutant(POLICY, "signed mass", "mass = tl.abs(slope)", "mass = slope"),
+    Mutant(
+        POLICY,
+        "mass lacks 1 / temperature",
+        "mass = tl.abs(slope) * inv_temperature",
+        "mass = tl.abs(slope)",
+    ),
+    Mutant(
+        POLICY,
+        "entropy costs",
+        "loss -= entropy_weight * entropy",
+        "loss += entropy_weight * entropy",
+        case="entropy",
+    ),
+    Mutant(
+        POLICY,
+        "entropy gradient's sign",
+        "curve = entropy_weight *",
+        "curve = -entropy_weight *",
+        case="entropy",
+    ),
+    Mutant(
+        POLICY,
+        "entropy gradient lacks a 1 / temperature",
+        "curve = entropy_weight * inv_temperature * inv_temperature",
+        "curve = entropy_weight * inv_temperature",
+        case="everything",
+    ),
+    Mutant(
+        POLICY,
+        "entropy gradient lacks the mean",
+        "curve * (b_d - mean)",
+        "curve * b_d",
+        case="entropy",
+    ),
+    Mutant(
+        POLICY,
+        "entropy gradient missing at the target",
+        "        at_target += ",
+        "        at_target += 0.0 * ",
+        case="entropy",
+    ),
+    Mutant(
+        POLICY,
+        "entropy gradient of entries of probability 0",
+        "tl.where(b_e == 0.0, 0.0, curve * (b_d - mean))",
+        "curve * (b_d - mean)",
+        case="first tile -inf",
+    ),
+    Mutant(
+        POLICY,
+        "rows with an entropy weight only are skipped",
+        "if (slope == 0.0) & (entropy_weight == 0.0):",
+        "if slope == 0.0:",
+        case="entropy",
     ),
     Mutant(
         POLICY,
         "last entry's gradient not written",
-        "        m_v = o_v < v_size\n",
-        "        m_v = o_v < v_size - 1\n",
+        "            m_v = o_v < v_size\n",
+        "            m_v = o_v < v_size - 1\n",
     ),
     Mutant(
         POLICY,
         "one entry too many written",
-        "        m_v = o_v < v_size\n",
-        "        m_v = o_v < v_size + 1\n",
+        "            m_v = o_v < v_size\n",
+        "            m_v = o_v < v_size + 1\n",
     ),
     Mutant(
         SHARED,
@@ -156,6 +419,14 @@ MUTANTS = [
         "b_others = b_others",
         POLICY,
     ),
+    Mutant(
+        SHARED,
+        "squares rescaled as the sum is",
+        "b_squares * (decay * decay)",
+        "b_squares * decay",
+        POLICY,
+    ),
+    Mutant(SHARED, "sum in place of squares", "b_squares += b_e * b_e", "b_squares += b_e", POLICY),
     Mutant(
         SHARED,
         "-inf minus -inf",
@@ -222,6 +493,12 @@ MUTANTS = [
         "log_total",
     ),
     Mutant(
+        LOGPROB,
+        "squares not normalised twice",
+        "squares / (total * total)",
+        "squares / total",
+    ),
+    Mutant(
         GROUP,
         "biased std",
         "        freedom = count - 1.0\n",
@@ -234,7 +511,20 @@ MUTANTS = [
         "factor = count / tl.where(count > 1.0, count - 1.0, 1.0)",
         "factor = count / count",
     ),
-    Mutant(GROUP, "eps under the root", "std + eps)", "tl.sqrt(std * std + eps))"),
+    Mutant(
+        GROUP,
+        "a shared top is a lead",
+        "tl.where(tl.sum(b_best, 0) > 1.0, 0.0, high - tl.max(b_second, 0))",
+        "high - tl.max(b_second, 0)",
+    ),
+    Mutant(GROUP, "lead over the top itself", "& (b_reward < high) &", "&"),
+    Mutant(GROUP, "second of the last block only", "& (b_reward > b_second)\n", "\n"),
+    Mutant(
+        GROUP, "all members get the lead", "tl.where(b_reward == high, lead", "tl.where(True, lead"
+    ),
+    Mutant(GROUP, "a negative mean scales", "teaches & (mean > 0.0)", "teaches"),
+    Mutant(GROUP, "not scaled by the mean", "tl.where(teaches, mean, 1.0)", "1.0"),
+    Mutant(GROUP, "eps under the root", "(mean, std + eps,", "(mean, tl.sqrt(std * std + eps),"),
     Mutant(GROUP, "order ignored", "if p_order is not None:", "if False:"),
     Mutant(GROUP, "group one member too long", "m_s = o_s < end", "m_s = o_s < end + 1"),
     Mutant(SEGMENT, "segment one too long", "mask=o_t < end,", "mask=o_t < end + 1,"),
@@ -259,15 +549,16 @@ def load_tests(op: str) -> ModuleType:
     return module
 
 
-def check_of(op: str, module: ModuleType, guard: Callable, device) -> None:
+def check_of(op: str, module: ModuleType, guard: Callable, device, first: str = "") -> None:
     """Every case of the op's test against the kernels of `module`, until one fails."""
     tests = load_tests(op)
     names = {LOGPROB: ("token_logprob_fwd", "token_logprob_bwd")}.get(op, (op,))
     tiles = getattr(tests, "SMALL_TILES", None) or tests.SMALL_BLOCKS
     module.CONFIGS = tiles
     launchers = [guard(getattr(module, name)) for name in names]
-    for case in tests.CASES.values():
-        getattr(tests, f"check_{op}")(*launchers, case, device)
+    assert not first or first in tests.CASES, f"there is no case {first!r}"
+    for name in sorted(tests.CASES, key=lambda name: name != first):
+        getattr(tests, f"check_{op}")(*launchers, tests.CASES[name], device)
 
 
 def package(folder: Path, name: str, replaced: dict[str, str]) -> None:
@@ -307,4 +598,4 @@ def test_a_wrong_kernel_is_rejected(mutant, import_op, guard, device):
     op = mutant.op or mutant.file
     module = import_op(op, {mutant.file: text.replace(mutant.old, mutant.new)})
     with pytest.raises(AssertionError):
-        check_of(op, module, guard, device)
+        check_of(op, module, guard, device, mutant.case)

@@ -54,7 +54,7 @@ def run(words: list[str], folder: Path, **extra: str) -> subprocess.CompletedPro
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

@@ -1,7 +1,7 @@
 """group_advantage against the float64 oracle: ragged groups in any order, NaN rewards left out.
 
 Grid: blocks of 4 members, so that groups of 1 to 11 are a part of a block, one, or several; every
-flag in both positions. NaN rewards stand in the first, the middle and the last block.
+scale with every baseline. NaN rewards stand in the first, the middle and the last block.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ NAN = math.nan
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     sizes: tuple[int, ...] = SIZES
-    scale_by_std: bool = True
-    leave_one_out: bool = False
+    scale: str = "group"
+    baseline: str = "mean"
     unbiased: bool = True
     shuffled: bool = False
     unscored: bool = True
     mean: float = 0.0
+    ties: bool = False
     eps: float = 1e-4
     index: torch.dtype = torch.int64
 
@@ -42,11 +43,14 @@ CASES = {
     "far from zero": Case(mean=1e3),
     "no eps": Case(sizes=(3, 5, 7), eps=0.0, unscored=False),
     "one group": Case(sizes=(13,)),
+    "ties": Case(baseline="pass_at_k", ties=True),
+    "means of both signs": Case(scale="mean", mean=0.3),
 } | {
-    f"std {scale}, others {others}, unbiased {unbiased}": Case(
-        scale_by_std=scale, leave_one_out=others, unbiased=unbiased, shuffled=True
+    f"scale {scale}, baseline {baseline}, unbiased {unbiased}": Case(
+        scale=scale, baseline=baseline, unbiased=unbiased, shuffled=True
     )
-    for scale, others, unbiased in itertools.product((True, False), repeat=3)
+    for scale, baseline in itertools.product(module.SCALES, module.BASELINES)
+    for unbiased in ((True, False) if scale == "group" else (True,))
 }
 
 
@@ -55,6 +59,8 @@ def arguments(case: Case, device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     generator = torch.Generator().manual_seed(sum(case.sizes))
     total = sum(case.sizes)
     rewards = torch.randn(total, generator=generator) + case.mean
+    if case.ties:
+        rewards = rewards.round()
     offsets = torch.tensor([0, *itertools.accumulate(case.sizes)])
     if case.unscored:
         rewards[torch.rand(total, generator=generator) < 0.25] = NAN
@@ -66,9 +72,7 @@ def arguments(case: Case, device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         order = torch.randperm(total, generator=generator)
         rewards = torch.empty_like(rewards).index_copy_(0, order, rewards)
         order = order.to(case.index).to(device)
-    flags = {
-        name: getattr(case, name) for name in ("scale_by_std", "leave_one_out", "unbiased", "eps")
-    }
+    flags = {name: getattr(case, name) for name in ("scale", "baseline", "unbiased", "eps")}
     return rewards.to(device), offsets.to(case.index).to(device), order, flags
 
 
@@ -76,14 +80,7 @@ def expected(rewards, offsets, order, flags: dict, dtype: torch.dtype):
     spans = torch.diff(offsets).long()
     group = torch.arange(len(spans), device=rewards.device).repeat_interleave(spans)
     ids = group if order is None else torch.empty_like(group).index_copy_(0, order.long(), group)
-    return reference.group_advantage(
-        rewards.to(dtype),
-        ids,
-        scale="group" if flags["scale_by_std"] else "none",
-        baseline="leave_one_out" if flags["leave_one_out"] else "mean",
-        unbiased=flags["unbiased"],
-        eps=flags["eps"],
-    )
+    return reference.group_advantage(rewards.to(dtype), ids, **flags)
 
 
 def check_group_advantage(group_advantage, case: Case, device) -> None:
@@ -118,12 +115,12 @@ def test_own_block(guard, device):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7e7])
-@pytest.mark.parametrize("leave_one_out", [True, False])
-def test_equal_rewards_teach_exactly_nothing(value, leave_one_out, launcher, device):
+@pytest.mark.parametrize("baseline", module.BASELINES)
+def test_equal_rewards_teach_exactly_nothing(value, baseline, launcher, device):
     """0.1 seven times has a rounded mean that is not 0.1."""
     rewards = torch.full((7,), value, device=device)
     rewards[3] = NAN
-    out = launcher(rewards, torch.tensor([0, 7], device=device), leave_one_out=leave_one_out)
+    out = launcher(rewards, torch.tensor([0, 7], device=device), baseline=baseline)
     assert out.degenerate.tolist() == [True]
     assert not out.advantages.any()
 
@@ -159,7 +156,22 @@ def test_a_groups_result_is_its_own(launcher, device):
 def test_eps_is_a_run_time_argument():
     parameters = inspect.signature(module._group_advantage_kernel.fn).parameters
     constants = {name for name, p in parameters.items() if p.annotation is not p.empty}
-    assert constants == {"SCALE_BY_STD", "LEAVE_ONE_OUT", "UNBIASED", "BS"}
+    assert constants == {"SCALE", "BASELINE", "UNBIASED", "BS"}
+
+
+def test_the_best_gets_its_lead_over_the_second(launcher, device):
+    """A lone best, two that share the top, and all of them below 0."""
+    rewards = torch.tensor([0, 1, 3, NAN, 2, 1, 2, -5, -1, -8], device=device)
+    offsets = torch.tensor([0, 4, 7, 10], device=device)
+    out = launcher(rewards, offsets, scale="none", baseline="pass_at_k")
+    assert out.advantages.tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 4, 0]
+
+
+def test_a_mean_that_is_not_positive_scales_nothing(launcher, device):
+    rewards = torch.tensor([0, 1, 3, 4, NAN, -1, 1, -3, -1], device=device)
+    out = launcher(rewards, torch.tensor([0, 5, 7, 9], device=device), scale="mean")
+    assert out.advantages.tolist() == [-1, -0.5, 0.5, 1, 0, 0, 0, 0, 0]
+    assert not out.degenerate.any()
 
 
 @pytest.mark.gpu
@@ -169,7 +181,7 @@ def test_many_groups(device):
     out = module.group_advantage(
         torch.tensor([0.0, 1.0], device=device).repeat(p),
         torch.arange(0, 2 * p + 1, 2, device=device),
-        scale_by_std=False,
+        scale="none",
     )
     assert torch.equal(out.advantages, torch.tensor([-0.5, 0.5], device=device).repeat(p))
 
@@ -194,3 +206,10 @@ def test_a_wrong_argument_is_named(changed, message, device):
     }
     with pytest.raises(ValueError, match=message):
         module.group_advantage(given["rewards"], given["offsets"], order=given["order"])
+
+
+@pytest.mark.parametrize("name", ["scale", "baseline"])
+def test_an_unknown_choice_is_named(name, device):
+    rewards, offsets = torch.zeros(4, device=device), torch.tensor([0, 4], device=device)
+    with pytest.raises(ValueError, match=f"{name} is 'batch', expected one of"):
+        module.group_advantage(rewards, offsets, **{name: "batch"})

@@ -1,4 +1,4 @@
-"""policy_loss against the float64 oracle: five results a row and the gradient in the logits.
+"""policy_loss against the float64 oracle: six results a row and the gradient in the logits.
 
 Grid: tiles of 16 entries, so that a row of 37 has two full ones and a part of a third (one of 64
 only full ones, one of 9 a single part); every option at least once with and once without its
@@ -21,7 +21,18 @@ from grpo_fast.testing import assert_close_to_oracle, random_rows
 from grpo_kernels import policy_loss as module
 
 SMALL_TILES = [{"BV": 16, "num_warps": 1}]
-CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+CLIP = {"low": 0.8, "high": 1.28}
+# Bounds with rows on both sides of each in the cases below.
+OBJECTIVES = {
+    "clip": CLIP,
+    "cispo": {"low": 0.7, "high": 1.3},
+    "sapo": {"low": 1.4, "high": 0.7},
+    "dppo_tv": {"low": 0.02, "high": 0.16, "cap": 1.3},
+    "dppo_kl": {"low": 0.005, "high": 0.07, "cap": 1.3},
+    "dro": {"low": 0.7},
+    "reinforce": {},
+}
+ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -37,6 +48,10 @@ class Case:
     row_stride: int | None = None
     old: bool = True
     ref: bool = False
+    policy: bool = False
+    """Weights of the policy term."""
+    bonus: bool = False
+    """Weights of the entropy."""
     temperature_rows: bool = False
     targets: torch.dtype = torch.int64
     peaked: bool = True
@@ -72,16 +87,45 @@ CASES = {
     "narrower gradient": case(gradient_dtype=BFLOAT16),
     "flat": case(n=9, peaked=False),
     "on policy": case(old=False),
-    "on policy, delta, k3": case(old=False, ref=True, beta=0.3, delta=1.5),
-    "k1": case(ref=True, beta=0.5, kl_estimator="k1"),
-    "k2": case(ref=True, beta=0.5, kl_estimator="k2"),
-    "k3": case(ref=True, beta=0.5, kl_estimator="k3"),
+    "on policy, cap, k3": case(old=False, ref=True, beta=0.3, cap=1.5),
     "KL measured only": case(ref=True, beta=0.0),
-    "asymmetric clip": case(n=16, v=9, apart=0.4, epsilon=0.05, epsilon_high=0.5),
-    "delta": case(n=16, v=9, apart=0.6, delta=1.35),
+    "asymmetric clip": case(n=16, v=9, apart=0.4, low=0.95, high=1.5),
+    "cap": case(n=16, v=9, apart=0.6, cap=1.35),
+    "dual clip": case(n=16, v=9, apart=0.6, dual_clip=1.5),
+    "dual clip below the cap": case(n=16, v=9, apart=0.6, cap=1.9, dual_clip=1.4),
     "narrow clamp": case(n=12, v=9, ref=True, beta=0.5, log_ratio_clamp=0.25),
-    "first tile -inf": case(hidden_block=True, ref=True, beta=0.1),
+    "first tile -inf": case(hidden_block=True, ref=True, beta=0.1, bonus=True),
+    "policy weights": case(n=9, policy=True, ref=True, beta=0.5),
+    "entropy": case(n=16, v=9, apart=0.5, bonus=True),
+    "entropy, temperature a row, bfloat16": case(
+        dtype=BFLOAT16, bonus=True, temperature_rows=True, gradient_dtype=FLOAT32
+    ),
+    "entropy, one entry": case(n=3, v=1, bonus=True),
+    "entropy, one row, ragged": case(n=1, v=65, row_stride=70, bonus=True),
+    "sapo, steep": case(n=16, v=9, apart=0.6, objective="sapo", low=150.0, high=120.0),
+    "everything": case(
+        n=16,
+        apart=0.5,
+        ref=True,
+        policy=True,
+        bonus=True,
+        temperature_rows=True,
+        beta=0.5,
+        kl_estimator="k3+",
+        bias_corrected_kl=True,
+        **CLIP | {"cap": 1.6, "dual_clip": 1.5},
+    ),
 }
+for name, bounds in OBJECTIVES.items():
+    CASES[name] = case(n=20, v=9, apart=0.5, temperature=1.3, objective=name, **bounds)
+    CASES[f"{name}, on policy, weighted"] = case(
+        old=False, policy=True, bonus=True, objective=name, **bounds
+    )
+for name in ESTIMATORS:
+    CASES[name] = case(n=9, ref=True, beta=0.5, kl_estimator=name)
+    CASES[f"{name}, bias-corrected"] = case(
+        n=9, ref=True, beta=0.5, kl_estimator=name, bias_corrected_kl=True
+    )
 
 
 def arguments(case: Case, device) -> tuple[dict, dict]:
@@ -92,6 +136,7 @@ def arguments(case: Case, device) -> tuple[dict, dict]:
     rows["weights"][: case.n // 5] = 0.0
     rows["targets"] = rows["targets"].to(case.targets)
     rows["old_logp"] += case.apart * (1 - 2 * (torch.arange(case.n, device=device) % 2))
+    rows["old_logp"].clamp_(max=0.0)
     if case.hidden_block:
         rows["targets"] = rows["targets"].clamp(min=20)
         rows["logits"][:, :16] = -math.inf
@@ -112,7 +157,18 @@ def arguments(case: Case, device) -> tuple[dict, dict]:
         for name, value in rows.items()
         if name not in {"old_logp", "ref_logp"} or getattr(case, name[:3])
     }
-    return rows, CLIP | dict(case.options)
+    generator = torch.Generator().manual_seed(case.n)
+    live = rows["weights"] != 0
+    if case.policy:
+        # As corrections and masks have them: around 1, some 0.
+        weights = torch.rand(case.n, generator=generator) * 2
+        rows["policy_weights"] = torch.where(weights < 0.4, 0.0, weights).to(device)
+    if case.bonus:
+        weights = torch.rand(case.n, generator=generator) / case.n
+        weights[case.n // 2] = 0.0
+        rows["entropy_weights"] = torch.where(live, weights.to(device), 0.0)
+    options = dict(case.options)
+    return rows, options if "objective" in options else CLIP | options
 
 
 def expected(rows: dict, options: dict, dtype: torch.dtype) -> tuple:
@@ -137,7 +193,7 @@ def check_policy_loss(policy_loss, case: Case, device) -> None:
         gradient = torch.full_like(rows["logits"], math.nan, dtype=case.gradient_dtype)
     out = policy_loss(**rows, **options, dlogits=gradient)
     assert (out.kl is not None) == case.ref
-    names = ("loss", "logp", "entropy", "ratio", "kl", "dlogits")
+    names = ("loss", "logp", "entropy", "ratio", "kl", "mass", "dlogits")
     for name, mine, same, exact in zip(names, (*out, gradient), eager, oracle, strict=True):
         if mine is not None:
             same = same.to(mine.dtype)
@@ -154,10 +210,16 @@ def launcher(monkeypatch, guard):
     return guard(module.policy_loss)
 
 
-def call(launcher, rows: dict, **options):
+def call(launcher, rows: dict, objective: str = "clip", **options):
     """(results, gradient in other memory than the logits)."""
     gradient = torch.full_like(rows["logits"], math.nan)
-    return launcher(**rows, **CLIP | options, dlogits=gradient), gradient
+    options = OBJECTIVES[objective] | options
+    return launcher(**rows, objective=objective, **options, dlogits=gradient), gradient
+
+
+def full_case(**fields) -> Case:
+    """Every optional vector is there."""
+    return case(ref=True, policy=True, bonus=True, **fields)
 
 
 def assert_same_bits(found, wanted) -> None:
@@ -174,11 +236,11 @@ def test_against_the_oracle(name, launcher, device):
 
 @pytest.mark.parametrize("v", [257, 1040])
 def test_own_tiles(v, guard, device):
-    check_policy_loss(guard(module.policy_loss), case(n=2, v=v, ref=True, beta=0.1), device)
+    check_policy_loss(guard(module.policy_loss), full_case(n=2, v=v, beta=0.1), device)
 
 
 def test_gradient_on_request_changes_no_result_and_in_place_no_bit(launcher, device):
-    rows, _ = arguments(case(ref=True), device)
+    rows, _ = arguments(full_case(), device)
     apart = call(launcher, rows)
     without = launcher(**rows, **CLIP)
     assert_same_bits((without, apart[1]), apart)
@@ -188,7 +250,7 @@ def test_gradient_on_request_changes_no_result_and_in_place_no_bit(launcher, dev
 
 def test_rows_do_not_see_each_other(launcher, device):
     """Any batch, any order: the bits of a row are its own."""
-    rows, _ = arguments(case(n=5, ref=True), device)
+    rows, _ = arguments(full_case(n=5), device)
     out, gradient = call(launcher, rows)
     part = {name: value[[3, 1]].contiguous() for name, value in rows.items()}
     few, few_gradient = call(launcher, part)
@@ -204,7 +266,7 @@ def test_no_rows(launcher, device):
 
 
 def test_masked_rows_are_zero_whatever_they_hold(launcher, device):
-    rows, _ = arguments(case(n=4, ref=True), device)
+    rows, _ = arguments(full_case(n=4), device)
     rows = {name: value.clone() for name, value in rows.items()}
     for name, value in rows.items():
         value.fill_(math.nan if value.is_floating_point() else -100)
@@ -215,8 +277,18 @@ def test_masked_rows_are_zero_whatever_they_hold(launcher, device):
     assert not any(x.any() for x in out)
 
 
+def test_a_row_of_weight_zero_is_masked_also_where_an_entropy_weight_is_left(launcher, device):
+    rows, _ = arguments(case(n=2, bonus=True), device)
+    rows["weights"][0] = 0.0
+    rows["entropy_weights"][:] = 0.5
+    out, gradient = call(launcher, rows)
+    assert not gradient[0].any()
+    assert not any(x[0] for x in out if x is not None)
+    assert gradient[1].any()
+
+
 def test_what_lies_under_the_mask_changes_no_bit(launcher, device):
-    rows, _ = arguments(case(n=6, ref=True), device)
+    rows, _ = arguments(full_case(n=6), device)
     rows["weights"][[0, 2]] = 0.0
     clean = call(launcher, rows, beta=0.1)
     for name, value in rows.items():
@@ -226,9 +298,20 @@ def test_what_lies_under_the_mask_changes_no_bit(launcher, device):
     assert_same_bits(call(launcher, rows, beta=0.1), clean)
 
 
-@pytest.mark.parametrize("name", ["logits", "logits at the target", "old_logp", "ref_logp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "logits",
+        "logits at the target",
+        "advantages",
+        "old_logp",
+        "ref_logp",
+        "policy_weights",
+        "entropy_weights",
+    ],
+)
 def test_nan_in_a_live_row_is_seen_there_and_only_there(name, launcher, device):
-    rows, _ = arguments(case(n=4, ref=True), device)
+    rows, _ = arguments(full_case(n=4), device)
     rows["weights"][:] = 0.5
     clean = call(launcher, rows, beta=0.1)
     where = int(rows["targets"][2]) if "target" in name else (int(rows["targets"][2]) + 1) % 37
@@ -244,15 +327,34 @@ def test_nan_in_a_live_row_is_seen_there_and_only_there(name, launcher, device):
     assert all(torch.equal(a[others], b[others]) for a, b in zip(out, clean[0], strict=True))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_no_nan_is_laundered(old, advantage, launcher, device):
+def test_no_nan_is_laundered(advantage, old, objective, launcher, device):
     rows, _ = arguments(case(n=1, old=old), device)
     rows["advantages"][:] = advantage
     rows["logits"][0, 5] = math.nan
-    out, gradient = call(launcher, rows)
+    out, gradient = call(launcher, rows, objective)
     assert out.loss.isnan()
+    assert out.mass.isnan()
+    # A slope that does not depend on the log-prob is 0 or known also where that is NaN.
     assert gradient.isnan().all() or advantage == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("side", ["target", "old_logp"])
+def test_an_impossible_token_gives_no_plausible_loss(side, objective, launcher, device):
+    rows, _ = arguments(case(n=2), device)
+    rows["weights"][:] = 1.0
+    rows["advantages"][:] = torch.tensor([1.0, -1.0], device=device)
+    if side == "target":
+        rows["logits"][torch.arange(2), rows["targets"]] = -math.inf
+    else:
+        rows["old_logp"][:] = -math.inf
+    out, _ = call(launcher, rows, objective)
+    assert out.ratio.isnan().all()
+    if side == "target" or objective != "reinforce":
+        assert not out.loss.isfinite().any()
 
 
 @pytest.mark.parametrize("target", [-100, -1, 37, 2**31 + 3, 2**32 + 3])
@@ -283,11 +385,13 @@ def test_vocabulary_of_one(launcher, device):
     out, gradient = call(launcher, rows)
     assert not out.logp.any()
     assert not out.entropy.any()
+    assert not out.mass.any()
     assert not gradient.any()
 
 
 def test_extreme_logits(launcher, device):
     rows = random_rows(4, 37, device=device, masked=0.0)
+    rows["entropy_weights"] = torch.full((4,), 40.0, device=device)
     rows["logits"][0] *= 1e37
     rows["logits"][1] = 3e38
     rows["logits"][2] = -3e38
@@ -314,10 +418,30 @@ def test_confident_tokens_keep_their_digits(launcher, device):
     }
     out, gradient = call(launcher, rows)
     others = 36 * math.exp(-24.0)
+    assert float(out.mass) == pytest.approx(others * math.sqrt(1 + 1 / 36), rel=1e-6)
     assert float(out.logp) == pytest.approx(-others, rel=1e-6)
     assert float(out.entropy) == pytest.approx(others * 25, rel=1e-6)
     assert float(gradient[0, 20]) == pytest.approx(-others, rel=1e-6)
     assert float(gradient[0, 0]) == pytest.approx(math.exp(-24.0), rel=1e-6)
+    rows["advantages"][:] = 0.0
+    rows["entropy_weights"] = torch.ones(1, device=device)
+    out, gradient = call(launcher, rows)
+    assert not out.mass.any()
+    # p (log p + H): H is 25 others, and log p is -others at the target and -24 elsewhere.
+    assert float(gradient[0, 20]) == pytest.approx(24 * others, rel=1e-6)
+    assert float(gradient[0, 0]) == pytest.approx(-24 * math.exp(-24.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_mass_is_the_norm_of_the_gradient_without_its_entropy_part(objective, launcher, device):
+    rows, _ = arguments(case(ref=True, temperature_rows=True, policy=True), device)
+    kept = {"beta": 0.3, "bias_corrected_kl": True}
+    out, gradient = call(launcher, rows, objective, **kept)
+    assert_close_to_oracle(out.mass, out.mass, gradient.double().norm(dim=1), name="mass")
+    rows["entropy_weights"] = torch.full_like(rows["weights"], 0.7)
+    more, other_gradient = call(launcher, rows, objective, **kept)
+    assert torch.equal(more.mass, out.mass)
+    assert not torch.equal(other_gradient, gradient)
 
 
 @pytest.mark.parametrize("shift", [100.0, 1e4])
@@ -342,7 +466,58 @@ def test_far_off_log_ratios(shift, launcher, device):
     assert loss == pytest.approx(math.exp(20.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("shift", [100.0, -100.0, 1e4, -1e4])
+@pytest.mark.parametrize("objective", ["cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "reinforce"])
+def test_far_off_log_ratios_of_other_objectives(objective, shift, launcher, device):
+    """Finite, and the sides on which a row still teaches are the objective's."""
+    rows = random_rows(3, 9, device=device, masked=0.0, peaked=False)
+    rows["advantages"] = torch.tensor([1.0, -1.0, 0.0], device=device)
+    # A token that has come from nothing, or has gone there.
+    rows["logits"][torch.arange(3), rows["targets"]] = 5.0 if shift > 0 else shift
+    logp = reference.token_logprob(rows["logits"], rows["targets"]).logp
+    rows["old_logp"] = logp - shift if shift > 0 else torch.full_like(logp, -0.5)
+    del rows["ref_logp"]
+    out, gradient = call(launcher, rows, objective)
+    assert gradient.isfinite().all()
+    assert all(x.isfinite().all() for x in out if x is not None)
+    teaches = {
+        "cispo": [True, True, False],
+        # The gate is flat where the ratio is large.
+        "sapo": [shift < 0, shift < 0, False],
+        "dppo_tv": [shift < 0, shift > 0, False],
+        "dppo_kl": [shift < 0, shift > 0, False],
+        # It pulls back whatever the advantage.
+        "dro": [True, True, True],
+        "reinforce": [True, True, False],
+    }
+    assert gradient.any(1).tolist() == teaches[objective]
+
+
+def test_dppo_kl_takes_an_old_log_prob_that_was_rounded_above_0_as_0(launcher, device):
+    """Such a token was certain; one that is not any more has moved too far down."""
+    rows = random_rows(2, 9, device=device, masked=0.0, peaked=False)
+    del rows["ref_logp"]
+    rows["advantages"] = torch.tensor([-1.0, 1.0], device=device)
+    rows["old_logp"][:] = 1e-6
+    _, gradient = call(launcher, rows, "dppo_kl")
+    assert gradient.any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("ratio, blocked", [(1.49, False), (1.51, True)])
+def test_dual_clip_bounds_what_a_negative_advantage_costs(ratio, blocked, launcher, device):
+    rows = random_rows(2, 9, device=device, masked=0.0, peaked=False)
+    rows["advantages"] = torch.tensor([-1.0, 1.0], device=device)
+    rows["weights"][:] = 1.0
+    logp = reference.token_logprob(rows["logits"], rows["targets"]).logp
+    rows["old_logp"] = logp - math.log(ratio)
+    del rows["ref_logp"]
+    out, gradient = call(launcher, rows, high=2.0, dual_clip=1.5)
+    assert float(out.loss[0]) == pytest.approx(min(ratio, 1.5), rel=1e-5)
+    assert bool(gradient[0].any()) != blocked
+    assert gradient[1].any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shift", [100.0, -100.0])
 def test_far_off_reference(estimator, shift, launcher, device):
     rows = random_rows(2, 9, device=device, masked=0.0, peaked=False)
@@ -352,8 +527,8 @@ def test_far_off_reference(estimator, shift, launcher, device):
     rows["advantages"][:] = 0.0
     out, gradient = call(launcher, rows, beta=0.5, kl_estimator=estimator)
     d = math.copysign(20.0, shift)
-    wanted = {"k1": d, "k2": 200.0, "k3": math.exp(-d) - 1 + d}[estimator]
-    assert out.kl.tolist() == pytest.approx([wanted] * 2, rel=1e-5)
+    wanted = {"k1": d, "k2": 200.0, "k3": math.exp(-d) - 1 + d, "abs": 20.0}
+    assert out.kl.tolist() == pytest.approx([wanted[estimator.removesuffix("+")]] * 2, rel=1e-5)
     # Descent on a policy above its reference lowers the token, and the other way round.
     at_target = gradient[torch.arange(2), rows["targets"]]
     assert (torch.sign(at_target) == math.copysign(1.0, d if estimator != "k1" else 1.0)).all()
@@ -371,15 +546,16 @@ def test_a_ratio_on_the_bound_still_teaches(launcher, device):
     rows = random_rows(2, 9, device=device, masked=0.0, peaked=False)
     rows = {name: value for name, value in rows.items() if name not in {"old_logp", "ref_logp"}}
     rows["advantages"] = torch.tensor([1.0, -1.0], device=device)
-    _, gradient = call(launcher, rows, epsilon=0.0, epsilon_high=0.0)
+    _, gradient = call(launcher, rows, low=1.0, high=1.0, cap=1.0, dual_clip=1.0)
     assert gradient.any(1).all()
 
 
-def test_zero_advantage_reads_no_logits_for_its_gradient(launcher, device):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_zero_advantage_reads_no_logits_for_its_gradient(objective, launcher, device):
     rows, _ = arguments(case(n=2, v=9, old=False), device)
     rows["weights"][:] = 1.0
     rows["advantages"][:] = torch.tensor([0.0, -0.0], device=device)
-    _, gradient = call(launcher, rows)
+    _, gradient = call(launcher, rows, objective)
     assert not gradient.any()
     # Positive zeros: no bit of the buffer is set.
     assert not torch.signbit(gradient).any()
@@ -390,9 +566,10 @@ NUMBERS = (
     "stride_logits",
     "stride_dlogits",
     "temperature",
-    "ratio_low",
-    "ratio_high",
-    "delta",
+    "low",
+    "high",
+    "cap",
+    "dual_clip",
     "beta",
     "log_ratio_clamp",
 )
@@ -403,27 +580,32 @@ def test_hyper_parameters_and_lengths_are_run_time_arguments():
     parameters = inspect.signature(kernel.fn).parameters
     assert set(NUMBERS) <= parameters.keys()
     constants = {name for name, p in parameters.items() if p.annotation is not p.empty}
-    assert constants == {"ESTIMATOR", "UNIT", "BV"}
+    flags = {"OBJECTIVE", "ESTIMATOR", "K2_SLOPE", "BIAS_CORRECTED"}
+    assert constants == flags | {"UNIT", "BV"}
 
 
 @pytest.mark.gpu
-def test_other_hyper_parameters_and_lengths_compile_nothing(device):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_other_hyper_parameters_and_lengths_compile_nothing(objective, device):
     kernel = module._policy_loss_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in kernel.device_caches.values())
 
     rows = random_rows(4, 1024, device=device)
-    call(module.policy_loss, rows, beta=0.1)
+    call(module.policy_loss, rows, objective, beta=0.1)
     before = compiled()
     for k in range(1, 6):
         rows = random_rows(3 + k, 1024 + 16 * k, device=device)
         call(
             module.policy_loss,
             rows,
+            objective,
             beta=k,
-            epsilon=k / 10,
-            delta=2 + k,
+            low=1 / k,
+            high=k,
+            cap=2 + k,
+            dual_clip=1 + k,
             temperature=k,
             log_ratio_clamp=k,
         )
@@ -452,7 +634,7 @@ def test_rows_are_counted_on_the_first_grid_dimension(monkeypatch):
 @pytest.mark.parametrize("n, v", [(70_000, 33), (16, 151_936), (3, 262_144), (5, 151_669)])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_real_sizes(n, v, dtype, device):
-    check_policy_loss(module.policy_loss, case(n=n, v=v, dtype=dtype, ref=True, beta=0.1), device)
+    check_policy_loss(module.policy_loss, full_case(n=n, v=v, dtype=dtype, beta=0.1), device)
 
 
 @pytest.mark.gpu
@@ -483,6 +665,8 @@ def wrong(rows: dict, name: str, device) -> dict:
         "half vector": {"weights": rows["weights"].half()},
         "stride": {"logits": torch.zeros(v, n, device=device).t()},
         "vector stride": {"old_logp": torch.zeros(2 * n, device=device)[::2]},
+        "policy weights": {"policy_weights": torch.zeros(n, 1, device=device)},
+        "entropy weights": {"entropy_weights": torch.zeros(n, device=device).half()},
         "device": {"ref_logp": torch.zeros(n, device="meta")},
         "no tensor": {"weights": 1.0},
         "one dimension": {"logits": rows["logits"][0]},
@@ -491,7 +675,8 @@ def wrong(rows: dict, name: str, device) -> dict:
         "gradient shape": {"dlogits": torch.zeros(n, v + 1, device=device)},
         "temperature": {"temperature": 0.0},
         "temperature shape": {"temperature": torch.ones(n, 1, device=device)},
-        "estimator": {"kl_estimator": "k4"},
+        "objective": {"objective": "ppo"},
+        "estimator": {"kl_estimator": "k2+"},
     }
     return rows | spoiled[name]
 
@@ -516,7 +701,10 @@ def wrong(rows: dict, name: str, device) -> dict:
         ("gradient shape", r"dlogits has shape \(3, 6\), expected \(3, 5\)"),
         ("temperature", "temperature is 0.0, expected a finite number > 0"),
         ("temperature shape", r"temperature has shape \(3, 1\), expected \(3,\)"),
-        ("estimator", "kl_estimator is 'k4', expected one of"),
+        ("policy weights", r"policy_weights has shape \(3, 1\), expected \(3,\)"),
+        ("entropy weights", "entropy_weights is torch.strided torch.float16"),
+        ("objective", "objective is 'ppo', expected one of"),
+        ("estimator", "kl_estimator is 'k2\\+', expected one of"),
     ],
 )
 def test_a_wrong_argument_is_named(name, message, device):
@@ -535,7 +723,7 @@ def test_beta_without_reference(device):
 def test_a_cpu_tensor_without_the_interpreter_says_what_to_do():
     code = (
         "import torch; from grpo_kernels.policy_loss import policy_loss; x = torch.ones(1); "
-        "policy_loss(torch.ones(1, 2), torch.zeros(1).long(), x, x, epsilon=0.2, epsilon_high=0.2)"
+        "policy_loss(torch.ones(1, 2), torch.zeros(1).long(), x, x)"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -33,6 +33,7 @@ class Case:
     """`rows` = one a row."""
     targets: torch.dtype = torch.int64
     entropy: bool = True
+    squares: bool = True
     peaked: bool = True
     hidden_block: bool = False
     """The first tile of every row is -inf, with the target of row 1 in it."""
@@ -40,7 +41,8 @@ class Case:
 
 CASES = {
     "plain": Case(gradient_dtype=FLOAT32),
-    "log-prob only": Case(entropy=False),
+    "log-prob only": Case(entropy=False, squares=False),
+    "squares only": Case(entropy=False),
     "temperature, bfloat16": Case(dtype=BFLOAT16, temperature=0.7),
     "temperature a row": Case(temperature="rows"),
     "aligned": Case(v=64, temperature=1.6),
@@ -86,7 +88,7 @@ def arguments(case: Case, device) -> dict:
 
 
 def expected(rows: dict, dtype: torch.dtype) -> tuple:
-    """logp, lse, entropy and the gradient of the reference in `dtype`."""
+    """logp, lse, entropy, squares and the gradient of the reference in `dtype`."""
     logits = rows["logits"].detach().to(dtype)
     scale = rows["temperature"]
     scale = scale.to(dtype) if isinstance(scale, torch.Tensor) else scale
@@ -105,8 +107,10 @@ def check_token_logprob(token_logprob_fwd, token_logprob_bwd, case: Case, device
     rows = arguments(case, device)
     eager, oracle = (expected(rows, dtype) for dtype in (FLOAT32, torch.float64))
     call = {"temperature": rows["temperature"]}
-    out = token_logprob_fwd(rows["logits"], rows["targets"], **call, return_entropy=case.entropy)
+    wanted = {"return_entropy": case.entropy, "return_squares": case.squares}
+    out = token_logprob_fwd(rows["logits"], rows["targets"], **call, **wanted)
     assert (out.entropy is not None) == case.entropy
+    assert (out.other_squares is not None) == case.squares
     gradient = rows["logits"]
     if case.gradient_dtype is not None:
         gradient = torch.full_like(gradient, math.nan, dtype=case.gradient_dtype)
@@ -121,7 +125,7 @@ def check_token_logprob(token_logprob_fwd, token_logprob_bwd, case: Case, device
         out=gradient,
     )
     assert returned is gradient
-    names = ("logp", "lse", "entropy", "gradient")
+    names = ("logp", "lse", "entropy", "other_squares", "gradient")
     for name, mine, same, exact in zip(names, (*out, gradient), eager, oracle, strict=True):
         if mine is not None:
             assert_close_to_oracle(mine, same.to(mine.dtype), exact, name=name)
@@ -130,7 +134,8 @@ def check_token_logprob(token_logprob_fwd, token_logprob_bwd, case: Case, device
 @pytest.fixture
 def launchers(monkeypatch, guard):
     """Forward and backward in small tiles, each argument between canaries."""
-    monkeypatch.setattr(module, "CONFIGS", SMALL_TILES)
+    for name in ("CONFIGS", "GRADIENT_CONFIGS"):
+        monkeypatch.setattr(module, name, SMALL_TILES)
     return guard(module.token_logprob_fwd), guard(module.token_logprob_bwd)
 
 
@@ -138,7 +143,7 @@ def both(launchers, rows: dict, **options):
     """Forward results, and the gradient as the launcher allocates it."""
     forward, backward = launchers
     call = {"temperature": rows["temperature"]} | options
-    out = forward(rows["logits"], rows["targets"], **call)
+    out = forward(rows["logits"], rows["targets"], **call, return_squares=True)
     gradient = backward(
         rows["dlogp"],
         rows["dentropy"],
@@ -178,6 +183,14 @@ def test_gradient_is_allocated_like_logits_and_in_place_changes_no_bit(launchers
     )
     assert inside is rows["logits"]
     assert torch.equal(inside, apart)
+
+
+def test_squares_on_request_change_no_bit_and_are_off_by_default(launchers, device):
+    rows = arguments(Case(), device)
+    out, _ = both(launchers, rows)
+    less = launchers[0](rows["logits"], rows["targets"])
+    assert less.other_squares is None
+    assert all(torch.equal(a, b) for a, b in zip(less[:3], out[:3], strict=True))
 
 
 def test_rows_do_not_see_each_other(launchers, device):
@@ -270,6 +283,7 @@ def test_vocabulary_of_one(launchers, device):
     out, gradient = both(launchers, rows)
     assert not out.logp.any()
     assert not out.entropy.any()
+    assert not out.other_squares.any()
     assert not gradient.any()
     assert torch.equal(out.lse, rows["logits"][:, 0])
 
@@ -289,17 +303,20 @@ def test_confident_tokens_keep_their_digits(launchers, device):
     others = 36 * math.exp(-24.0)
     assert float(out.logp) == pytest.approx(-others, rel=1e-6)
     assert float(out.entropy) == pytest.approx(others * 25, rel=1e-6)
+    assert float(out.other_squares) == pytest.approx(36 * math.exp(-48.0), rel=1e-6)
     assert float(gradient[0, 20]) == pytest.approx(others, rel=1e-6)
     assert float(gradient[0, 0]) == pytest.approx(-math.exp(-24.0), rel=1e-6)
 
 
 def test_expanded_rows_are_read(monkeypatch, device):
     """Row stride 0: one row of logits, scored against many targets."""
-    monkeypatch.setattr(module, "CONFIGS", SMALL_TILES)
+    for name in ("CONFIGS", "GRADIENT_CONFIGS"):
+        monkeypatch.setattr(module, name, SMALL_TILES)
     row = torch.randn(1, 20, device=device)
     targets = torch.arange(4, device=device)
-    found = module.token_logprob_fwd(row.expand(4, 20), targets)
-    wanted = module.token_logprob_fwd(row.expand(4, 20).contiguous(), targets)
+    options = {"return_squares": True}
+    found = module.token_logprob_fwd(row.expand(4, 20), targets, **options)
+    wanted = module.token_logprob_fwd(row.expand(4, 20).contiguous(), targets, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
