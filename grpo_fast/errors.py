@@ -27,5 +27,7 @@ class CheckpointError(GrpoFastError, RuntimeError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'? ` when a known word is close to `word`, else the empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{match[0]}'? " if match else ""
+    close = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
+    # Letters that changed places are the likeliest slip: 'gpro' is 'grpo', not 'gspo'.
+    close.sort(key=lambda other: sorted(other) != sorted(word))
+    return f"did you mean '{close[0]}'? " if close else ""

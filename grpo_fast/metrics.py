@@ -63,7 +63,8 @@ def length_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 def update_metrics(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
     """One step's inner iterations as one row: means, and the extremes over iterations of the clip
     ratios."""
-    names = sorted({name for iteration in iterations for name in iteration} - {"n_tokens"})
+    counts = {"n_tokens", "n_tokens_unscorable"}
+    names = sorted({name for iteration in iterations for name in iteration} - counts)
     merged = {}
     for name in names:
         values = [iteration[name] for iteration in iterations if name in iteration]

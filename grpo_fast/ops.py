@@ -1,100 +1,87 @@
 """Public differentiable ops: check the arguments, pick the implementation, one small
-autograd.Function each.
+autograd.Function each; in a compiled graph `compiled.py` takes their place.
 
 Shapes: padded `[S, L]` or packed `[T]` tokens, `D` hidden, `V` vocabulary. Row t of `hidden` or
 `logits` is the one that *predicts* `targets[t]`: nothing is shifted in here.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import compiled, reference
 from .autograd import LinearLogProb, LinearLoss, LogitsLoss, TokenLogProb
-from .chunked import Head, exact_dtype
-from .config import LossConfig
+from .chunked import Head
+from .errors import InputError
 from .implementation import launchers, resolve_impl
 from .inputs import (
-    LossRows,
-    check_device,
-    check_float,
     check_ids,
-    check_targets,
+    check_linear,
+    check_logits,
     check_temperature,
+    flat_rows,
     loss_rows,
-    shape_error,
 )
-from .objective import loss_metrics
+from .live import Live, live_rows
+from .loss_config import LossConfig
+from .loss_metrics import Measured, loss_metrics
+from .outputs import LogProbOutput, LossOutput, TokenOutput
+from .products import exact_dtype
+from .rows import LossRows
+from .vocab_parallel import Shard, is_dtensor, local_shard
 
 
-class LossOutput(NamedTuple):
-    """What a loss call gives back; only `loss` carries a gradient."""
-
-    loss: Tensor
-    """0-d, float32."""
-    logprobs: Tensor
-    """Shaped like `targets`, float32, 0 where masked."""
-    entropy: Tensor
-    """Shaped like `targets`, float32, nats, 0 where masked."""
-    metrics: dict[str, Tensor]
-    """0-d tensors on the device; what was not measured has no entry."""
+def _as_given(values: Tensor, rows: LossRows, index: Tensor | None, skipped: Tensor | None):
+    """[M] of the rows that were computed -> [N]: 0 where masked, NaN where skipped."""
+    if index is None:
+        return values
+    whole = torch.zeros_like(rows.weights)
+    if skipped is not None:
+        whole = torch.where(skipped, torch.nan, whole)
+    return whole.index_copy(0, index, values)
 
 
-class LogProbOutput(NamedTuple):
-    logprobs: Tensor
-    """Shaped like `targets`, float32."""
-    entropy: Tensor | None
-    """Shaped like `targets`, float32, nats; None unless asked for."""
-
-
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    check_float("hidden", hidden)
-    check_float("weight", weight)
-    if hidden.dim() not in (2, 3):
-        raise shape_error("hidden", hidden, "[S, L, D] padded or [T, D] packed")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise shape_error(
-            "weight", weight, f"(V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}"
-        )
-    check_device("weight", weight, hidden.device)
-    if bias is not None:
-        check_float("bias", bias)
-        check_device("bias", bias, hidden.device)
-        if bias.shape != weight.shape[:1]:
-            raise shape_error("bias", bias, f"({weight.shape[0]},) like the rows of weight")
-    check_targets(targets, hidden.shape[:-1], hidden.device, "hidden without its last dimension")
-
-
-def _check_logits(logits: Tensor, targets: Tensor) -> None:
-    check_float("logits", logits)
-    if logits.dim() not in (2, 3):
-        raise shape_error("logits", logits, "[S, L, V] padded or [T, V] packed")
-    check_targets(targets, logits.shape[:-1], logits.device, "logits without the last dimension")
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """[..., V] -> [N, V] with neighbours in V side by side, as every kernel reads them."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
-def _loss_output(loss: Tensor, result, rows: LossRows, config: LossConfig) -> LossOutput:
-    logp, entropy = result.logp.detach(), result.entropy.detach()
-    metrics = loss_metrics(
-        mask=rows.mask,
-        entropy=entropy,
-        ratio=result.ratio.detach(),
-        kl=None if result.kl is None else result.kl.detach(),
-        advantages=rows.advantages,
-        logp=logp,
-        old_logp=rows.old_logp,
-        sampler_logp=rows.sampler_logp,
-        config=config,
+def _loss_output(
+    loss: Tensor,
+    result,
+    rows: LossRows,
+    config: LossConfig,
+    shape: torch.Size,
+    live: Live = Live(None, None),  # noqa: B008 - frozen
+) -> LossOutput:
+    """Everything but the loss, detached, shaped like `targets`."""
+    names = ("logp", "entropy", "ratio", "mass") + (() if result.kl is None else ("kl",))
+    full = {name: _as_given(getattr(result, name).detach(), rows, *live) for name in names} | (
+        {"kl": None} if result.kl is None else {}
     )
-    return LossOutput(loss, logp.view(rows.shape), entropy.view(rows.shape), metrics)
+    measured = rows.mask if live.skipped is None else rows.mask & ~live.skipped
+    metrics = loss_metrics(
+        Measured(
+            measured=measured,
+            n_tokens=rows.mask.sum().float(),
+            advantages=rows.advantages,
+            old_logp=rows.old_logp,
+            ref_logp=rows.ref_logp,
+            sampler_logp=rows.sampler_logp,
+            config=config,
+            **full,
+        )
+    )
+    bad = measured & ~full["logp"].isfinite()
+    count = bad.numel()
+    places = torch.where(bad, torch.arange(count, device=bad.device), count)
+    # A token more than there are, so that an empty call has a minimum too.
+    first = torch.nn.functional.pad(places, (0, 1), value=count).min()
+    shaped = {k: None if v is None else v.view(shape) for k, v in full.items()}
+    output = LossOutput(loss, shaped["logp"], shaped["entropy"], metrics)
+    output.tokens = TokenOutput(
+        shaped["ratio"], shaped["kl"], shaped["mass"], torch.where(first == count, -1, first)
+    )
+    return output
 
 
+@compiled.loss_op("hidden", "weight", "bias")
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -107,27 +94,43 @@ def linear_grpo_loss(
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     bias: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    process_group: Any = None,
     config: LossConfig = LossConfig(),  # noqa: B008 - frozen
     impl: str = "auto",
 ) -> LossOutput:
-    """`grpo_loss(hidden @ weight.T + bias, targets, advantages, ...)` without ever holding the
-    logits.
+    """`grpo_loss(softcap(logit_scale * (hidden @ weight.T + bias)), targets, advantages, ...)`
+    without ever holding the logits.
 
     hidden [S, L, D] with targets [S, L], or packed [T, D] with targets [T] and cu_seqlens [S+1];
-    weight [V, D], bias [V]. advantages [S] or shaped like targets; mask, old_logprobs,
-    ref_logprobs, sampler_logprobs like targets. Without old_logprobs the policy is its own: the
-    ratio is exactly 1. `denominator` replaces the normaliser (number of sequences for `grpo`, of
-    tokens for `bnpo` and `dapo`, sequences x max_completion_length for `dr_grpo`), so that losses
-    of micro-batches add up to the loss of the step. hidden and weight float32, bfloat16, float16 or
-    float64; arithmetic, logprobs and entropy float32 (float64 for float64). The gradient is made in
-    the forward (3 head GEMMs, 4 at sequence level) and can be taken any number of times, but not
-    differentiated again.
+    weight [V, D], bias [V]. advantages [S] or shaped like targets, which is what [T] with T = S is
+    taken for; mask, old_logprobs, ref_logprobs, sampler_logprobs like targets; group_ids [S], the
+    prompt of each sequence, for
+    `prompt_mean`; temperature in place of the config's, a number or shaped like targets. Without
+    old_logprobs the policy is its own: the ratio is exactly 1. `denominator` replaces the
+    normaliser (`aggregation.token_weights`), `entropy_denominator` the number of tokens of the
+    entropy bonus, so that losses of micro-batches add up to the loss of the step. hidden and weight
+    float32, bfloat16, float16 or float64; arithmetic, logprobs and entropy float32 (float64 for
+    float64). The gradient is made in the forward and can be taken any number of times, but not
+    differentiated again (create_graph is an error); `linear_loss.py` says what it costs. Rows that
+    are masked or carry no gradient (`skip_zero_advantage`) enter no product. process_group: weight
+    and bias are this rank's rows of a head sharded over the vocabulary (or DTensors), everything
+    else and the result are the same on all ranks.
 
-    Raises InputError naming argument, found and expected. Sources: 2402.03300 (GRPO), 2503.14476
-    (DAPO), 2503.20783 (Dr. GRPO), 2507.18071 (GSPO).
+    Raises InputError naming argument, found and expected. Sources: 2402.03300 (GRPO), and those of
+    `objective.py`.
     """
-    _check_linear(hidden, weight, bias, targets)
+    shard = None
+    if process_group is not None or is_dtensor(weight):
+        weight, bias, process_group = local_shard(weight, bias, process_group)
+        check_linear(hidden, weight, bias, targets)
+        shard = Shard.of(weight, process_group)
+    check_linear(hidden, weight, bias, targets)
     impl = resolve_impl(impl, hidden)
     rows = loss_rows(
         targets,
@@ -137,20 +140,31 @@ def linear_grpo_loss(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
+        group_ids=group_ids,
+        temperature=temperature,
         denominator=denominator,
+        entropy_denominator=entropy_denominator,
         config=config,
-        vocabulary=weight.shape[0],
+        vocabulary=weight.shape[0] if shard is None else shard.vocabulary,
         dtype=exact_dtype(hidden),
     )
-    flat = _flat(hidden)
+    head = Head(weight, bias, logit_scale, softcap)
+    flat = flat_rows(hidden)
     if impl == "reference":
-        logits = nn.functional.linear(flat.masked_fill(~rows.mask[:, None], 0.0), weight, bias)
-        return _reference_loss(logits, rows, config)
+        if shard is not None:
+            raise InputError("impl = 'reference' knows no process_group: choose 'torch'")
+        return _reference_loss(_eager_logits(flat, head, rows.mask), rows, config, targets.shape)
     grad = torch.is_grad_enabled()
-    loss, result = LinearLoss.apply(flat, weight, bias, rows, config, launchers(impl), grad)
-    return _loss_output(loss, result, rows, config)
+    trained = grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    live = live_rows(rows, config, trained=trained)
+    kept = rows if live.index is None else rows.select(live.index)
+    loss, result = LinearLoss.apply(
+        flat, weight, bias, head, kept, config, live.index, launchers(impl), shard, grad
+    )
+    return _loss_output(loss, result, rows, config, targets.shape, live)
 
 
+@compiled.loss_op("logits")
 def grpo_loss(
     logits: Tensor,
     targets: Tensor,
@@ -161,7 +175,11 @@ def grpo_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    inplace: bool = False,
     config: LossConfig = LossConfig(),  # noqa: B008 - frozen
     impl: str = "auto",
 ) -> LossOutput:
@@ -169,9 +187,10 @@ def grpo_loss(
     packed [T, V].
 
     Everything else as in `linear_grpo_loss`. The gradient is made in the forward, in a tensor of
-    its own; `logits` are left as they are.
+    its own, or with `inplace` in that of the logits, which are lost. One launch, one read and one
+    write of the logits, for objectives at token level.
     """
-    _check_logits(logits, targets)
+    check_logits(logits, targets)
     impl = resolve_impl(impl, logits)
     rows = loss_rows(
         targets,
@@ -181,32 +200,63 @@ def grpo_loss(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
+        group_ids=group_ids,
+        temperature=temperature,
         denominator=denominator,
+        entropy_denominator=entropy_denominator,
         config=config,
         vocabulary=logits.shape[-1],
         dtype=exact_dtype(logits),
     )
-    flat = _flat(logits)
+    flat = flat_rows(logits)
     if impl == "reference":
-        return _reference_loss(flat, rows, config)
-    loss, result = LogitsLoss.apply(flat, rows, config, launchers(impl), torch.is_grad_enabled())
-    return _loss_output(loss, result, rows, config)
+        return _reference_loss(flat, rows, config, targets.shape)
+    if inplace and flat.data_ptr() != logits.data_ptr():
+        raise InputError(
+            f"inplace needs logits whose rows are neighbours in memory, found strides "
+            f"{logits.stride()}: pass logits.contiguous(), or leave inplace out"
+        )
+    grad = torch.is_grad_enabled()
+    loss, result = LogitsLoss.apply(flat, rows, config, launchers(impl), inplace, grad)
+    return _loss_output(loss, result, rows, config, targets.shape)
 
 
-def _reference_loss(logits: Tensor, rows: LossRows, config: LossConfig) -> LossOutput:
+def _eager_logits(hidden: Tensor, head: Head, mask: Tensor | None = None) -> Tensor:
+    """Logits as a model makes them, in the inputs' dtype."""
+    hidden = hidden if mask is None else hidden.masked_fill(~mask[:, None], 0.0)
+    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+
+
+def _reference_loss(
+    logits: Tensor, rows: LossRows, config: LossConfig, shape: torch.Size
+) -> LossOutput:
     result = reference.policy_rows(
         logits.to(rows.weights.dtype),
         rows.targets,
         rows.advantages,
         rows.weights,
+        mask=rows.mask,
         cu_seqlens=None if rows.segments is None else rows.segments.cu_seqlens,
         old_logp=rows.old_logp,
         ref_logp=rows.ref_logp,
+        sampler_logp=rows.sampler_logp,
+        entropy_weights=rows.entropy_weights,
+        entropy_denominator=rows.entropy_denominator,
+        temperature=rows.temperature,
         config=config,
     )
-    return _loss_output(result.loss.sum(), result, rows, config)
+    return _loss_output(result.loss.sum(), result, rows, config, shape)
 
 
+def _logprob_output(logp: Tensor, lse: Tensor, entropy: Tensor | None, shape: torch.Size):
+    entropy = None if entropy is None else entropy.view(shape)
+    output = LogProbOutput(logp.view(shape), entropy)
+    output.lse = lse.detach().view(shape)
+    return output
+
+
+@compiled.logprob_op("hidden", "weight", "bias")
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -227,24 +277,21 @@ def linear_logprob(
     float32, shaped like targets, differentiable in hidden, weight and bias (logits are recomputed:
     1 head GEMM forward, 3 backward).
     """
-    _check_linear(hidden, weight, bias, targets)
+    check_linear(hidden, weight, bias, targets)
     impl = resolve_impl(impl, hidden)
     check_ids(targets, None, weight.shape[0])
     temperature = check_temperature(temperature, targets)
     head = Head(weight, bias, logit_scale, softcap)
-    flat = _flat(hidden)
+    flat = flat_rows(hidden)
     if impl == "reference":
-        logits = nn.functional.linear(flat, weight, bias) * logit_scale
-        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-        return _reference_logprob(logits, targets, temperature, return_entropy)
-    logp, entropy = LinearLogProb.apply(
+        return _reference_logprob(_eager_logits(flat, head), targets, temperature, return_entropy)
+    rows = LinearLogProb.apply(
         flat, weight, bias, head, targets.reshape(-1), temperature, return_entropy, launchers(impl)
     )
-    return LogProbOutput(
-        logp.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
-    )
+    return _logprob_output(*rows, targets.shape)
 
 
+@compiled.logprob_op("logits")
 def token_logprob(
     logits: Tensor,
     targets: Tensor,
@@ -260,19 +307,17 @@ def token_logprob(
     targets. Results float32 (float64 for float64), shaped like targets; the gradient has the
     logits' dtype.
     """
-    _check_logits(logits, targets)
+    check_logits(logits, targets)
     impl = resolve_impl(impl, logits)
     check_ids(targets, None, logits.shape[-1])
     temperature = check_temperature(temperature, targets)
-    flat = _flat(logits)
+    flat = flat_rows(logits)
     if impl == "reference":
         return _reference_logprob(flat, targets, temperature, return_entropy)
-    logp, entropy = TokenLogProb.apply(
+    rows = TokenLogProb.apply(
         flat, targets.reshape(-1), temperature, return_entropy, launchers(impl)
     )
-    return LogProbOutput(
-        logp.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
-    )
+    return _logprob_output(*rows, targets.shape)
 
 
 def _reference_logprob(
@@ -280,8 +325,8 @@ def _reference_logprob(
 ) -> LogProbOutput:
     exact = exact_dtype(logits)
     rows = reference.token_logprob(logits.to(exact), targets.reshape(-1), temperature=temperature)
-    entropy = rows.entropy.view(targets.shape) if return_entropy else None
-    return LogProbOutput(rows.logp.view(targets.shape), entropy)
+    entropy = rows.entropy if return_entropy else None
+    return _logprob_output(rows.logp, rows.lse, entropy, targets.shape)
 
 
 class GRPOLoss(nn.Module):

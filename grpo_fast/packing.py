@@ -133,6 +133,8 @@ class Batch:
     """[B+1]."""
     advantages: Tensor
     """[B]."""
+    group_ids: Tensor
+    """[B]."""
     old_logprobs: Tensor | None
     """[T], like the two below."""
     ref_logprobs: Tensor | None
@@ -185,6 +187,7 @@ def collate(groups: Sequence[Group], rows: list[Member], device: torch.device | 
         mask=torch.cat(masks).to(device),
         cu_seqlens=torch.tensor(offsets, device=device),
         advantages=torch.tensor([advantages[row.group][row.index] for row in rows], device=device),
+        group_ids=torch.tensor([row.group for row in rows], device=device),
         old_logprobs=gather("old_logprobs"),
         ref_logprobs=gather("ref_logprobs"),
         sampler_logprobs=gather("sampler_logprobs"),

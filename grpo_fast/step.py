@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import LossConfig
+from .loss_config import LossConfig
 from .model import head, hidden_states
 from .ops import LossOutput, linear_grpo_loss, linear_logprob
 from .packing import Batch, Group, collate, micro_batches, per_completion
@@ -43,11 +43,11 @@ def grpo_backward(
     """
     device = next(model.parameters()).device
     batches = [collate(groups, rows, device) for rows in micro_batches(groups, token_budget)]
-    denominator = step_denominator(groups, batches, loss)
+    denominators = step_denominators(groups, batches, loss)
     total = torch.zeros((), device=device)
     outputs: list[LossOutput] = []
     for batch in batches:
-        output = _micro_batch_loss(model, batch, loss, denominator, impl)
+        output = _micro_batch_loss(model, batch, loss, denominators, impl)
         output.loss.backward()
         total += output.loss.detach()
         outputs.append(output)
@@ -60,7 +60,7 @@ def grpo_backward(
 
 
 def _micro_batch_loss(
-    model, batch: Batch, loss: LossConfig, denominator: float, impl: str
+    model, batch: Batch, loss: LossConfig, denominators: tuple[float, float], impl: str
 ) -> LossOutput:
     weight, bias = head(model)
     hidden = hidden_states(model, batch.input_ids)
@@ -75,7 +75,9 @@ def _micro_batch_loss(
         ref_logprobs=batch.ref_logprobs,
         sampler_logprobs=batch.sampler_logprobs,
         bias=bias,
-        denominator=denominator,
+        group_ids=batch.group_ids,
+        denominator=denominators[0],
+        entropy_denominator=denominators[1],
         config=loss,
         impl=impl,
     )
@@ -106,28 +108,49 @@ def group_logprobs(
     return per_completion(groups, batches, values)
 
 
-def step_denominator(groups: Sequence[Group], batches: list[Batch], loss: LossConfig) -> float:
-    """The normaliser of the whole step, in the meaning of `linear_grpo_loss`; at least 1."""
+def step_denominators(
+    groups: Sequence[Group], batches: list[Batch], loss: LossConfig
+) -> tuple[float, float]:
+    """(`denominator`, `entropy_denominator`) of the whole step, as `linear_grpo_loss` means them;
+    at least 1."""
     sequences = sum(len(group.completion_ids) for group in groups)
-    if loss.loss_type == "grpo":
-        return max(sequences, 1)
-    if loss.loss_type == "dr_grpo":
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    # The bonus acts on the tokens that each micro-batch's quantile keeps.
+    acting = max(tokens * loss.top_entropy_quantile, 1.0)
+    kind = loss.adds_up
+    if kind == "token_mean":
+        return max(tokens, 1), acting
+    if kind == "prompt_mean":
+        return max(len(groups), 1), acting
+    if kind == "constant":
         assert loss.max_completion_length is not None
-        return max(sequences * loss.max_completion_length, 1)
-    return max(sum(int(batch.mask.sum()) for batch in batches), 1)
+        return max(sequences * loss.max_completion_length, 1), acting
+    return max(sequences, 1), acting
 
 
 def merge_metrics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Token-weighted means; `n_tokens` adds up, `*/min` and `*/max` stay extremes."""
+    """The metrics of all tokens together: counts (`n_...`) add up, `*/min` and `*/max` stay
+    extremes, means are weighted by the tokens they are of."""
     merged: dict[str, Tensor] = {}
     for name in sorted({name for part in parts for name in part}):
         having = [part for part in parts if name in part]
         values = torch.stack([part[name].float() for part in having])
-        tokens = torch.stack([part["n_tokens"] for part in having])
-        if name == "n_tokens":
+        if name.startswith("n_"):
             merged[name] = values.sum()
         elif name.endswith(("/min", "/max")):
             merged[name] = values.amin() if name.endswith("/min") else values.amax()
         else:
+            if name == "ratio/ess":
+                # Its denominator is the mean square, which adds up.
+                values = torch.stack([part["ratio/mean"] for part in having]).square() / values
+            tokens = torch.stack([_measured(part, name) for part in having])
             merged[name] = (values * tokens).sum() / tokens.sum().clamp(min=1)
+    if "ratio/ess" in merged:
+        merged["ratio/ess"] = merged["ratio/mean"].square() / merged["ratio/ess"]
     return merged
+
+
+def _measured(part: dict[str, Tensor], name: str) -> Tensor:
+    """The tokens that the mean `name` is of."""
+    tokens = part["n_tokens"] - part["n_tokens_skipped"]
+    return tokens - part["n_tokens_unscorable"] if name.startswith("sampling/") else tokens

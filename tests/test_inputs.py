@@ -72,7 +72,7 @@ BAD = {
     "cu-padded": ({"cu_seqlens": torch.tensor([0, L])}, "cu_seqlens goes with packed"),
     "cu-missing": (
         PACKED | {"config": LossConfig(loss_type="grpo"), "advantages": torch.ones(S * L)},
-        r"loss_type 'grpo' works per sequence: pass cu_seqlens",
+        r"loss_type 'grpo' \(sequence_mean\) works per sequence: pass cu_seqlens",
     ),
     "cu-start": (
         PACKED | {"cu_seqlens": torch.tensor([1, 3, 6])},

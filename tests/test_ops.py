@@ -20,6 +20,7 @@ from grpo_fast import (
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    products,
     reference,
     token_logprob,
 )
@@ -185,6 +186,12 @@ def test_metrics_match_the_oracle_rows(impl, device):
         "ratio/min": ratio.min(),
         "ratio/max": ratio.max(),
         "ratio/clamped_frac": torch.zeros(()),
+        "ratio/ess": ratio.mean().square() / ratio.square().mean(),
+        "kl/clamped_frac": torch.zeros(()),
+        "gradient_mass/mean": rows.mass[mask].mean(),
+        "gradient_mass/max": rows.mass.max(),
+        "n_tokens_skipped": torch.zeros(()),
+        "n_tokens_unscorable": torch.zeros(()),
         "sampling/sampling_logp_difference/mean": torch.tensor(0.1),
         "sampling/sampling_logp_difference/max": torch.tensor(0.1),
     }
@@ -192,7 +199,117 @@ def test_metrics_match_the_oracle_rows(impl, device):
     assert low > 0
     assert high > 0
     for name, value in expected.items():
-        assert float(output.metrics[name]) == pytest.approx(float(value), rel=1e-4), name
+        assert output.metrics[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    for name in ("ratio", "kl"):
+        assert torch.allclose(
+            getattr(output.tokens, name).reshape(-1).double(), getattr(rows, name)
+        )
+    assert output.tokens.first_bad == -1
+    assert output.check() is output
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_teach_nothing_enter_no_product_and_are_named(impl, device, monkeypatch):
+    batch = random_sequences(S, L, D, V, device=device)
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0], device=device)[:, None].expand(S, L).clone()
+    advantages[2, 3] = 0.0
+    live = batch["mask"] & (advantages != 0)
+    rows, make = [], products.HeadProducts.logits
+    monkeypatch.setattr(
+        products.HeadProducts, "logits", lambda self, h: rows.append(len(h)) or make(self, h)
+    )
+    found = {}
+    for skip in (True, False):
+        hidden = batch["hidden"].clone().requires_grad_()
+        output = linear_grpo_loss(
+            hidden,
+            batch["weight"],
+            batch["targets"],
+            advantages,
+            mask=batch["mask"],
+            old_logprobs=batch["old_logprobs"],
+            config=LossConfig(skip_zero_advantage=skip),
+            impl=impl,
+        )
+        output.loss.backward()
+        found[skip] = output, hidden.grad
+    assert rows == [int(live.sum()), int(batch["mask"].sum())]
+    (skipping, ours), (whole, theirs) = found[True], found[False]
+    assert torch.allclose(skipping.loss, whole.loss, rtol=1e-6)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+    assert skipping.logprobs[batch["mask"] & ~live].isnan().all()
+    assert torch.allclose(skipping.logprobs[live], whole.logprobs[live], rtol=1e-5, atol=1e-6)
+    assert not skipping.logprobs[~batch["mask"]].any()
+    metrics = skipping.metrics
+    assert metrics["n_tokens"] == batch["mask"].sum()
+    assert metrics["n_tokens_skipped"] == (batch["mask"] & ~live).sum()
+    assert metrics["entropy"].item() == pytest.approx(whole.entropy[live].mean().item(), rel=1e-5)
+    assert skipping.check() is skipping
+
+
+def test_a_sequence_is_skipped_whole_or_not_at_all(device):
+    """At sequence level a token of advantage 0 is part of its sequence's ratio."""
+    batch = random_sequences(S, L, D, V, torch.float64, device=device)
+    advantages = batch["advantages"][:, None].expand(S, L).double().clone()
+    advantages[1] = 0.0
+    advantages[2, ::2] = 0.0
+    grads = []
+    for skip in (True, False):
+        hidden = batch["hidden"].clone().requires_grad_()
+        linear_grpo_loss(
+            hidden,
+            batch["weight"],
+            batch["targets"],
+            advantages,
+            mask=batch["mask"],
+            old_logprobs=batch["old_logprobs"].double(),
+            config=LossConfig(loss_type="gspo", skip_zero_advantage=skip),
+        ).loss.backward()
+        grads.append(hidden.grad)
+    assert torch.allclose(*grads, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_first_bad_token_is_named_at_the_next_sync(impl, device):
+    batch = random_sequences(S, L, D, V, device=device)
+    where = batch["mask"].nonzero()[3].tolist()
+    hidden = batch["hidden"].clone()
+    hidden[tuple(where)] = torch.nan
+    output = linear_grpo_loss(
+        hidden,
+        batch["weight"],
+        batch["targets"],
+        batch["advantages"],
+        mask=batch["mask"],
+        impl=impl,
+    )
+    assert output.loss.isnan()
+    with pytest.raises(InputError, match=rf"log-prob of token \[{where[0]}, {where[1]}\] is nan"):
+        output.check()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_inplace_takes_the_logits_memory_and_gives_the_same(level, device):
+    batch = random_sequences(S, L, D, V, device=device)
+    leaf = batch["hidden"].clone().requires_grad_()
+    kwargs = {"mask": batch["mask"], "config": config_of("dapo", level)}
+    grads = []
+    for inplace in (False, True):
+        logits = leaf @ batch["weight"].T
+        pointer = logits.data_ptr()
+        before = logits.detach().clone()
+        output = grpo_loss(logits, batch["targets"], batch["advantages"], inplace=inplace, **kwargs)
+        assert torch.equal(logits, before) != inplace
+        assert logits.data_ptr() == pointer
+        (grad,) = torch.autograd.grad(output.loss, leaf)
+        grads.append(grad)
+    assert torch.equal(*grads)
+    # Somebody else who saved the logits gets an error, not a wrong gradient.
+    logits = leaf @ batch["weight"].T
+    other = logits.square().sum()
+    output = grpo_loss(logits, batch["targets"], batch["advantages"], inplace=True, **kwargs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (output.loss + other).backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -209,6 +326,18 @@ def test_on_policy_ratio_is_exactly_one(level, impl, device):
         for name in ("ratio/mean", "ratio/min", "ratio/max"):
             assert float(output.metrics[name]) == 1.0, name
         assert float(output.metrics["clip_ratio/region_mean"]) == 0.0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("v", [300, 2500, 9000])
+def test_log_probs_of_another_op_give_a_ratio_of_exactly_one(v, impl, device):
+    """As when old log-probs come from a pass of their own: no phantom clip, in any tile."""
+    batch = random_sequences(2, 3, D, v, torch.bfloat16, device=device)
+    names = ("hidden", "weight", "targets")
+    rows = {name: batch[name] for name in names} | {"targets": batch["targets"].clamp(min=0)}
+    old = linear_logprob(**rows, impl=impl).logprobs
+    output = linear_grpo_loss(**rows, advantages=batch["advantages"], old_logprobs=old, impl=impl)
+    assert (output.tokens.ratio == 1).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -329,7 +458,7 @@ def test_frozen_inputs_get_no_gradient(impl, device):
 def test_no_gradient_work_under_no_grad(device, monkeypatch):
     batch = random_sequences(S, L, D, V, device=device)
     monkeypatch.setattr(
-        chunked._Accumulator, "add", lambda *_: pytest.fail("a gradient was made under no_grad")
+        products.HeadProducts, "add", lambda *_: pytest.fail("a gradient was made under no_grad")
     )
     with torch.no_grad():
         output = linear_grpo_loss(
@@ -349,10 +478,11 @@ def test_second_backward_gives_the_same_and_double_backward_is_refused(device):
         hidden, batch["weight"], batch["targets"], batch["advantages"], mask=batch["mask"]
     )
     (first,) = torch.autograd.grad(output.loss, hidden, retain_graph=True)
-    (second,) = torch.autograd.grad(output.loss, hidden, create_graph=True)
+    (second,) = torch.autograd.grad(output.loss, hidden, retain_graph=True)
     assert torch.equal(first, second)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        torch.autograd.grad(second.sum(), hidden)
+    # Later would be too late: autograd takes a gradient without a graph for a constant.
+    with pytest.raises(InputError, match="create_graph is set"):
+        torch.autograd.grad(output.loss, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
