@@ -114,12 +114,20 @@ def score_groups(groups: Sequence[ScoredGroup], rewards: Sequence[RewardFunction
 
 def set_advantages(groups: Sequence[ScoredGroup], config: TrainConfig) -> None:
     """Fill in `advantage` and `degenerate` from the rewards."""
-    output = group_advantages(
-        torch.tensor([c.reward for group in groups for c in group.completions]),
-        group_size=config.group_size,
-        scale=config.scale_rewards,
-        baseline=config.baseline,
-    )
+    completions = [c for group in groups for c in group.completions]
+    options = {
+        "multi_reward": config.multi_objective_aggregation,
+        "scale": config.scale_rewards,
+        "baseline": config.baseline,
+        "group_size": config.group_size,
+    }
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        table = torch.tensor([list(c.rewards.values()) for c in completions])
+        weights = config.reward_weights or [1.0] * len(config.reward)
+        output = group_advantages(table, weights=weights, **options)
+    else:
+        # Summed already, in float64.
+        output = group_advantages(torch.tensor([c.reward for c in completions]), **options)
     values = iter(output.advantages.tolist())
     for group, degenerate in zip(groups, output.degenerate.tolist(), strict=True):
         group.degenerate = degenerate
