@@ -12,10 +12,15 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The trainers that tests/parity compares with, apart from the venv's packages: no user needs them.
+.venv/.peers: .venv/.installed tests/parity/peers.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peers -r tests/parity/peers.txt
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/grpo-fast train --config examples/demo.yaml $(ARGS)
 
-test: .venv/.installed
+test: .venv/.installed .venv/.peers
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/.installed
