@@ -4,12 +4,15 @@ Work in head products G = 2 N D V FLOP: log-probs 1G; loss with d(hidden) and d(
 ceiling column is those bare products in the inputs' dtype, whose logits take N V entries.
 """
 
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
-from grpo_fast import LossConfig, linear_grpo_loss, linear_logprob, reference
+import torch
+from torch import Tensor, nn
+
+from grpo_fast import linear_grpo_loss, linear_logprob, reference
 
 from .inputs import CHUNK, linear_rows
+from .peers import CONFIG
 from .timing import (
     Case,
     Size,
@@ -34,36 +37,65 @@ SIZES = {
         Size(label=LOSS, shape={"N": 4096, "D": 4096, "V": 131072}, **BFLOAT16),
     ],
 }
-CONFIG = LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
+
+
+def eager_gradients(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a trainer writes: logits in the inputs' dtype, float32 after; no entropy, no metrics."""
+    hidden, weight = (rows[name].detach().requires_grad_() for name in ("hidden", "weight"))
+    logps = nn.functional.linear(hidden, weight).float().log_softmax(-1)
+    logp = logps.gather(1, rows["targets"][:, None])[:, 0]
+    ratio = (logp - rows["old_logprobs"]).exp()
+    clipped = ratio.clamp(1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
+    loss = -torch.minimum(ratio * rows["advantages"], clipped * rows["advantages"]).mean()
+    return loss.detach(), logp.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
 def loss_gradients(rows: dict[str, Tensor], impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logp, d(hidden), d(weight)); eager is `impl="reference"`: logits in the inputs' dtype,
-    float32 after."""
+    """(loss, logp, d(hidden), d(weight)) of the public op."""
     leaves = {name: rows[name].detach().requires_grad_() for name in ("hidden", "weight")}
     out = linear_grpo_loss(**(rows | leaves), config=CONFIG, impl=impl)
     return out.loss.detach(), out.logprobs, *torch.autograd.grad(out.loss, tuple(leaves.values()))
 
 
-def exact_gradients(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in float64, by the oracle, a few rows at a time."""
+class Exact(NamedTuple):
+    """What the oracle says in float64; loss 0-d, [N], [N], [N, D], [V, D]."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+
+
+def exact_gradients(rows: dict[str, Tensor | None]) -> Exact:
+    """The oracle a few rows at a time; without `old_logprobs` on policy."""
     hidden, weight = (rows[name].double().requires_grad_() for name in ("hidden", "weight"))
-    loss, logp = hidden.new_zeros(()), []
-    for start in range(0, hidden.shape[0], CHUNK):
+    loss, logp, entropy = hidden.new_zeros(()), [], []
+    old, count = rows["old_logprobs"], hidden.shape[0]
+    for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        terms = reference.policy_loss(
+        targets = rows["targets"][part]
+        terms = reference.grpo_loss(
             hidden[part] @ weight.t(),
-            rows["targets"][part],
+            targets,
             rows["advantages"][part].double(),
-            torch.full_like(rows["advantages"][part], 1 / hidden.shape[0], dtype=torch.float64),
-            old_logp=rows["old_logprobs"][part].double(),
-            epsilon=CONFIG.epsilon,
-            epsilon_high=CONFIG.clip_high,
+            mask=torch.ones_like(targets, dtype=torch.bool),
+            cu_seqlens=torch.tensor([0, len(targets)], device=targets.device),
+            old_logp=None if old is None else old[part].double(),
+            denominator=count,
+            config=CONFIG,
         )
         terms.loss.sum().backward()
         loss += terms.loss.sum().detach()
         logp.append(terms.logp.detach())
-    return loss, torch.cat(logp), hidden.grad, weight.grad
+        entropy.append(terms.entropy.detach())
+    return Exact(loss, torch.cat(logp), torch.cat(entropy), hidden.grad, weight.grad)
+
+
+def compared_rows(targets: Tensor, vocabulary: int) -> Tensor:
+    """Rows of d(weight) held against the oracle, as all would take minutes on the host: every
+    target's, and others evenly between."""
+    return torch.cat([targets[:1024], checked_rows(vocabulary, targets.device)])
 
 
 def check_loss(rows: dict[str, Tensor], impl: str) -> None:
@@ -72,11 +104,9 @@ def check_loss(rows: dict[str, Tensor], impl: str) -> None:
         loss_gradients(rows, "reference"),
         exact_gradients(rows),
     )
-    # All of d(weight) would take minutes on the host: every target's row, and as many others.
-    vocabulary = rows["weight"].shape[0]
-    some = torch.cat([rows["targets"][:1024], checked_rows(vocabulary, rows["targets"].device)])
+    some = compared_rows(rows["targets"], rows["weight"].shape[0])
     for index, name in enumerate(("loss", "logp", "dhidden", "dweight")):
-        triple = (got[index], same[index], right[index])
+        triple = (got[index], same[index], getattr(right, name))
         if name == "dweight":
             triple = tuple(gradient[some] for gradient in triple)
         assert_right(*triple, name=name)
@@ -108,7 +138,7 @@ def case(size: Size, device: torch.device) -> Case:
     else:
 
         def run(impl: str) -> object:
-            return loss_gradients(rows, impl)
+            return eager_gradients(rows) if impl == "reference" else loss_gradients(rows, impl)
 
         logits = hidden @ weight.t()
         products = [(hidden, weight.t()), (logits, weight), (logits.t(), hidden)]

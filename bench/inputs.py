@@ -45,15 +45,25 @@ def policy_rows(
 
 
 def linear_rows(
-    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    margin: tuple[float, float] = (0.0, 16.0),
 ) -> dict[str, Tensor]:
-    """Arguments of `linear_grpo_loss`, packed: hidden [N, D] and weight [V, D] of unit-variance
-    logits, the rest [N]."""
+    """Arguments of `linear_grpo_loss`, packed: hidden [N, D], weight [V, D], the rest [N]. The
+    target is `margin` nats (uniform between the two) above all other entries together."""
     source = generator_on(device, seed)
     options = {"generator": source, "device": device}
     weight = torch.randn(v, d, dtype=dtype, **options).div_(math.sqrt(d))
     targets = torch.randint(0, v, (n,), **options)
-    hidden = torch.randn(n, d, dtype=dtype, **options).add_(3 * weight[targets])
+    height = torch.empty(n, 1, device=device).uniform_(*margin, generator=source) + math.log(v)
+    direction = weight[targets].float()
+    planted = direction * (height / direction.square().sum(-1, keepdim=True))
+    hidden = torch.randn(n, d, dtype=dtype, **options).add_(planted.to(dtype))
     logp = torch.cat(
         [
             (part @ weight.t()).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]

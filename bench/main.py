@@ -1,6 +1,7 @@
-"""`grpo-fast bench`: how fast the kernels are on this machine, or (`--static`) what they compile to
-without one."""
+"""`grpo-fast bench`: how fast the kernels are on this machine, what they compile to without one
+(`--static`), how exact they are (`--accuracy`) and how fast beside the peers (`--peers`)."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from . import (
     bench_token_logprob,
 )
 from .options import Parser
-from .timing import header, measure, pick_device, timing_table
+from .timing import header, measure, timing_table
 
 OPS = {
     "token_logprob": bench_token_logprob,
@@ -38,7 +39,11 @@ examples:
   grpo-fast bench                    this machine's table
   grpo-fast bench --op policy_loss   one op
   grpo-fast bench --static           registers, spills and fp64 of every kernel, no GPU needed
-  grpo-fast bench --static --help    its options"""
+  grpo-fast bench --accuracy         ours, eager and the peers against float64
+  grpo-fast bench --peers            time and memory of the loss against the peers installed here
+  grpo-fast bench --static --help    its options; --accuracy and --peers have theirs too"""
+# Tables of their own, with options of their own.
+TABLES = {"--static": "static", "--accuracy": "accuracy", "--peers": "compare"}
 
 
 def parser() -> Parser:
@@ -48,14 +53,18 @@ def parser() -> Parser:
         action="store_true",
         help="cross-compile the kernels instead, and fail on a spill or fp64 instruction",
     )
+    for flag, help in (
+        ("--accuracy", "log-probs and gradients against float64 instead, ours and the peers'"),
+        ("--peers", "the loss against the peers installed here instead: time and memory"),
+    ):
+        parsed.add_argument(flag, action="store_true", help=help)
     parsed.add_argument(
         "--op", choices=OPS, action="append", help="only this op; may be given again"
     )
-    parsed.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parsed.add_argument(
         "--seconds", type=float, default=1.0, help="time spent on each case (default: 1)"
     )
-    parsed.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE")
+    parsed.add_place()
     return parsed
 
 
@@ -75,14 +84,13 @@ def time_ops(device: torch.device, ops: list[str], *, seconds: float) -> list[di
 def main(argv: list[str]) -> int:
     """Exit code: 0, 1 when a result is wrong (or a kernel fails the static gate), 2 for a wrong
     option."""
-    if "--static" in argv:
-        from .static import main as static
-
-        return static([word for word in argv if word != "--static"])
-    options = parser().parse_args(argv)
-    device = pick_device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser().error("--device cuda, but PyTorch finds no CUDA device here")
+    for flag, module in TABLES.items():
+        if flag in argv:
+            table = importlib.import_module(f".{module}", __package__)
+            return table.main([word for word in argv if word != flag])
+    command = parser()
+    options = command.parse_args(argv)
+    device = command.device(options.device)
     about = header(device, Path(__file__).resolve().parent.parent)
     rows = time_ops(device, options.op or list(OPS), seconds=options.seconds)
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton"))

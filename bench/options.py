@@ -1,7 +1,12 @@
 """Command lines of this folder: a wrong one ends with exit code 2 and one line."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
+
+import torch
+
+from .timing import pick_device
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,3 +24,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
+
+    def add_place(self) -> None:
+        """`--device` and `--json`."""
+        self.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+        self.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE")
+
+    def device(self, name: str) -> torch.device:
+        found = pick_device(name)
+        if found.type == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda, but PyTorch finds no CUDA device here")
+        return found
+
+    def add_shape(self, default: tuple[int, int, int]) -> None:
+        self.add_argument(
+            "--shape",
+            type=int,
+            nargs=3,
+            metavar=("N", "D", "V"),
+            default=default,
+            help=f"tokens, hidden size, vocabulary (default: {' '.join(map(str, default))})",
+        )
+
+    def shape(self, given: list[int], sequences: int) -> tuple[int, int, int]:
+        if min(given) < 1 or given[0] % sequences:
+            found = " ".join(map(str, given))
+            self.error(f"--shape {found}: sizes from 1, tokens a multiple of {sequences}")
+        return tuple(given)

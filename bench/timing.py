@@ -9,7 +9,9 @@ machine that is shared or changes its clock.
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -278,6 +280,21 @@ def _output(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def cpu_name() -> str:
+    """`AMD EPYC, 2 cores`: the kind of machine, and nothing that tells one from another."""
+    found = re.search(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _text(path: str) -> str:
+    """A file of /proc; empty where the system has none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def header(device: torch.device, root: Path) -> dict:
     """What a number depends on: device, driver, versions, commit of the checkout at `root`, date
     (UTC). What cannot be found out is `unknown`."""
@@ -289,7 +306,8 @@ def header(device: torch.device, root: Path) -> dict:
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "device": platform.processor() or platform.machine(),
+        "device": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "clock": "process time, one thread",
         "python": platform.python_version(),
     }
@@ -311,7 +329,7 @@ def header(device: torch.device, root: Path) -> dict:
     return found
 
 
-def _seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
     if value is None:
         return "-"
     scale, unit = next(
@@ -348,7 +366,7 @@ def timing_table(rows: list[dict]) -> list[str]:
         of = {name: r["columns"].get(name, {}) for name in ("ours", "eager", "ceiling")}
         table.append(
             [r["op"], f"{r['label']} {shape}", r["dtype"]]
-            + [_seconds(of[name].get("seconds")) for name in of]
+            + [seconds_text(of[name].get("seconds")) for name in of]
             + [
                 _times(r["speedup_over_eager"], "{:.2f}"),
                 _times(r["fraction_of_ceiling"], "{:.2f}"),

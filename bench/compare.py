@@ -1,0 +1,232 @@
+"""`grpo-fast bench --peers`: time and memory of the loss from hidden states, forward and backward.
+
+Every provider works in a process of its own and they take turns, one call each a round, in an order
+that moves on by one: a machine that is shared slows all of them down, and the ratios of a round
+hold. A provider is held against the oracle first; one that is wrong or missing has no number.
+
+  time            median of one call: wall clock with all threads (CUDA: waited for)
+  spread          the middle three fifths of the calls over the median; a difference below is noise
+  / eager, / ours median of the ratios within a round to the fastest of the eager rows and to ours;
+                  below 1 is faster
+  CPU             median of the CPU seconds of a call, all threads together
+  extra           most memory at once beyond what was there before and beyond the gradients"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .isolated import Call, Match, Worker, write_truth
+from .options import Parser
+from .peers import DTYPES, PROVIDERS, SEQUENCES, Gap, Provider
+from .timing import align, dtype_name, header, seconds_text, summary
+
+SCHEMA = 1
+# Small, for a quick look also where bfloat16 products are slow; 1024 896 151936 is a real one.
+SHAPE = (128, 128, 8192)
+HEADS = ("trained", "frozen")
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+Times = dict[str, list[Call]]
+OURS = {"cpu": "grpo-fast torch", "cuda": "grpo-fast triton"}
+
+
+def rounds_of(workers: list[Worker], *, least: int, seconds: float) -> tuple[Times, dict[str, str]]:
+    """Calls of each provider in turns, by name, `least` rounds or about `seconds`; and who dropped
+    out, why."""
+    times: Times = {worker.provider.name: [] for worker in workers}
+    lost: dict[str, str] = {}
+    count, done = least, 0
+    while done < count:
+        start = done % max(len(workers), 1)
+        for worker in workers[start:] + workers[:start]:
+            name = worker.provider.name
+            if name in lost:
+                continue
+            try:
+                times[name].append(worker.ask("time"))
+            except Gap as gap:
+                lost[name] = str(gap)
+                del times[name]
+        done += 1
+        if done == 1:
+            one_round = sum(calls[0].wall for calls in times.values())
+            count = max(least, min(MOST_ROUNDS, int(seconds / max(one_round, 1e-9))))
+    return times, lost
+
+
+def fastest_eager(times: Times) -> str | None:
+    """No baseline is made of an eager form that the machine happens to be bad at."""
+    medians = {
+        name: statistics.median(call.wall for call in calls)
+        for name, calls in times.items()
+        if name.startswith("eager")
+    }
+    return min(medians, key=medians.get, default=None)
+
+
+def row(match: Match, provider: Provider, error: str | None, times: Times, ours: str) -> dict:
+    """One line of a results file."""
+    calls = times.get(provider.name, []) if error is None else []
+    eager = fastest_eager(times)
+
+    def ratio(base: str | None) -> float | None:
+        if not calls or base not in times:
+            return None
+        pairs = zip(calls, times[base], strict=True)
+        return statistics.median(mine.wall / theirs.wall for mine, theirs in pairs)
+
+    timed = summary([call.wall for call in calls]) if calls else {}
+    return {
+        "provider": provider.name,
+        "version": provider.version,
+        "computes": provider.computes,
+        **dict(zip("NDV", match.shape, strict=True)),
+        "S": SEQUENCES,
+        "dtype": dtype_name(match.dtype),
+        "head": match.head,
+        "seconds": timed.get("seconds"),
+        "spread": timed.get("spread"),
+        "rounds": timed.get("rounds"),
+        "cpu_seconds": statistics.median(call.cpu for call in calls) if calls else None,
+        "fastest_eager": eager,
+        "over_eager": ratio(eager),
+        "over_ours": ratio(ours),
+        "extra_bytes": max(call.extra for call in calls) if calls else None,
+        "error": error,
+    }
+
+
+def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds) -> list[dict]:
+    """The rows of one match."""
+    truth = scratch / "truth.pt"
+    print(f"{match}: the oracle ...", file=sys.stderr, flush=True)
+    write_truth(match, truth)
+    errors: dict[str, str | None] = {}
+    for worker in workers:
+        name = worker.provider.name
+        print(f"{match}: {name} ...", file=sys.stderr, flush=True)
+        try:
+            errors[name] = worker.ask("open", match, truth)
+        except Gap as gap:
+            errors[name] = str(gap)
+    right = [worker for worker in workers if errors[worker.provider.name] is None]
+    times, lost = rounds_of(right, **rounds)
+    errors |= lost
+    return [row(match, w.provider, errors[w.provider.name], times, ours) for w in workers]
+
+
+def compare_table(rows: list[dict]) -> list[str]:
+    """Rows of one match as lines to print, what is missing or wrong named below."""
+    titles = ["provider", "version", "time", "spread", "/ eager", "/ ours", "CPU", "extra"]
+
+    def form(value: float | None, text: str) -> str:
+        return "-" if value is None else text.format(value)
+
+    table = [
+        [
+            r["provider"],
+            r["version"] or "-",
+            seconds_text(r["seconds"]),
+            form(r["spread"], "{:.0%}"),
+            form(r["over_eager"], "{:.2f}"),
+            form(r["over_ours"], "{:.2f}"),
+            seconds_text(r["cpu_seconds"]),
+            "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:.0f} MiB",
+        ]
+        for r in rows
+    ]
+    return align([titles, *table]) + [f"{r['provider']}: {r['error']}" for r in rows if r["error"]]
+
+
+def parser() -> Parser:
+    epilog = "\n".join(["who is asked:"] + [f"  {p.name:20}  {p.computes}" for p in PROVIDERS])
+    parsed = Parser("grpo-fast bench --peers", __doc__, epilog)
+    parsed.add_shape(SHAPE)
+    parsed.add_argument("--dtype", choices=DTYPES, action="append", help="may be given again")
+    parsed.add_argument("--head", choices=HEADS, action="append", help="may be given again")
+    parsed.add_argument(
+        "--only", metavar="NAME", action="append", help="of those below; may be given again"
+    )
+    parsed.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help=f"of each call (default here: {torch.get_num_threads()})",
+    )
+    parsed.add_argument(
+        "--rounds",
+        type=int,
+        default=LEAST_ROUNDS,
+        help=f"fewest calls of each provider (default: {LEAST_ROUNDS})",
+    )
+    parsed.add_argument(
+        "--seconds", type=float, default=5.0, help="time for more rounds (default: 5)"
+    )
+    parsed.add_place()
+    return parsed
+
+
+def compare(
+    matches: list[Match], providers: list[Provider], *, ours: str, threads: int, **rounds
+) -> Iterator[list[dict]]:
+    """The rows of match after match; `rounds` are `least` and `seconds`."""
+    workers = [Worker(provider, threads) for provider in providers]
+    try:
+        for match in matches:
+            narrow = match.dtype != torch.float32
+            seated = [worker for worker in workers if narrow or not worker.provider.half_only]
+            with tempfile.TemporaryDirectory() as scratch:
+                yield play(match, seated, Path(scratch), ours, **rounds)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0; 1 when ours has no number; 2 for a wrong option."""
+    command = parser()
+    options = command.parse_args(argv)
+    shape, device = command.shape(options.shape, SEQUENCES), command.device(options.device)
+    if options.rounds < 2 or options.threads < 1:
+        command.error("--rounds from 2, --threads from 1")
+    there = {p.name: p for p in PROVIDERS if device.type in p.timed_on}
+    for name in set(options.only or ()) - set(there):
+        command.error(f"--only {name!r}: on {device.type} there are {', '.join(there)}")
+    matches = [
+        Match(shape=shape, dtype=DTYPES[dtype], head=head, device=device)
+        for dtype, head in itertools.product(options.dtype or DTYPES, options.head or HEADS)
+    ]
+    about = header(device, Path(__file__).resolve().parent.parent)
+    about |= {"clock": "wall clock", "threads": options.threads}
+    about |= {"load_before": os.getloadavg()[0]}
+    print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    rows = []
+    compared = compare(
+        matches,
+        [there[name] for name in options.only or there],
+        ours=OURS[device.type],
+        threads=options.threads,
+        least=options.rounds,
+        seconds=options.seconds,
+    )
+    for match, fresh in zip(matches, compared, strict=True):
+        rows += fresh
+        print(f"\n{match}")
+        print("\n".join(compare_table(fresh)), flush=True)
+    about |= {"load_after": os.getloadavg()[0]}
+    print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")
+    if options.json:
+        result = {"schema": SCHEMA, "kind": "peers", "about": about, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = [r for r in rows if r["provider"].startswith("grpo-fast") and r["error"]]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

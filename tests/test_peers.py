@@ -1,0 +1,357 @@
+"""Beside the peers: a missing one is named, a wrong one gets no number, and what is written says
+what it depends on. No peer needs to be installed."""
+
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+from functools import partial
+
+import pytest
+import torch
+
+from grpo_bench import accuracy, compare, isolated, main, peers
+from grpo_bench.bench_linear_grpo import exact_gradients
+from grpo_bench.isolated import Call, Match, Meter
+from grpo_bench.peers import Calls, Gap, Loss, Provider
+from grpo_bench.timing import assert_right, checked_rows
+
+CPU = torch.device("cpu")
+TINY = (8, 16, 53)
+PEERS = {"trl", "liger-kernel", "verl"}
+DTYPES = [torch.float32, torch.bfloat16]
+# Providers whose faults other processes can import too.
+SPOILED = """
+import os
+
+import torch
+
+from grpo_bench import peers
+
+
+def changed(change):
+    right = peers.eager(None, torch.float32)
+
+    def loss(batch):
+        out = right.loss(batch)
+        return out._replace(loss=change(out.loss))
+
+    return right._replace(loss=loss)
+
+
+def wrong():
+    return changed(lambda loss: loss * 1.01)
+
+
+def broken():
+    raise RuntimeError("no such\\nsymbol")
+
+
+def failing():
+    return changed(lambda loss: loss.nonsense)
+
+
+def dying():
+    calls = []
+
+    def change(loss):
+        calls.append(loss)
+        return loss if len(calls) < 3 else os._exit(7)
+
+    return changed(change)
+"""
+
+
+def provider(name: str, /, **changes) -> Provider:
+    (found,) = (p for p in peers.PROVIDERS if p.name == name)
+    return Provider(**{**vars(found), **changes})
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    """As on a machine where nobody has installed a peer."""
+    version = importlib.metadata.version
+
+    def found(name: str) -> str:
+        if name in PEERS:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+
+
+@pytest.fixture
+def spoiled(tmp_path, monkeypatch):
+    """`spoiled("wrong")` is a provider with that fault, installed and importable anywhere."""
+    (tmp_path / "spoiled_peers.py").write_text(SPOILED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import spoiled_peers
+
+    def named(fault: str) -> Provider:
+        load = getattr(spoiled_peers, fault)
+        return Provider(name=fault, computes="nothing sound", load=load, package="torch")
+
+    return named
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [p.name for p in peers.PROVIDERS])
+def test_everybody_computes_the_oracle_s_loss(name, dtype, frozen):
+    """Those that are installed: off policy, both clips taken."""
+    try:
+        calls = provider(name).calls()
+    except Gap as gap:
+        pytest.skip(str(gap))
+    batch = peers.random_batch(TINY, dtype, CPU)
+    got = peers.gradients(calls, batch, frozen=frozen)
+    same = peers.gradients(provider("eager").calls(), batch, frozen=frozen)
+    right = exact_gradients(batch.rows())
+    assert (got.dweight is None) == frozen
+    for part in ("loss", "dhidden") if frozen else ("loss", "dhidden", "dweight"):
+        assert_right(*(getattr(x, part) for x in (got, same, right)), name=part)
+    if got.logp is not None:
+        assert_right(got.logp, same.logp, right.logp, name="logp")
+
+
+def test_batch_is_off_policy_both_ways():
+    rows = peers.random_batch((256, 16, 53), torch.float32, CPU).rows()
+    ratio = (exact_gradients(rows).logp - rows["old_logprobs"]).exp()
+    low = (ratio < 1 - peers.CONFIG.epsilon) & (rows["advantages"] < 0)
+    high = (ratio > 1 + peers.CONFIG.clip_high) & (rows["advantages"] > 0)
+    assert low.any()
+    assert high.any()
+    assert not (low | high).all()
+
+
+def test_a_missing_peer_is_named(no_peers):
+    for name, package in (("TRL", "trl"), ("Liger", "liger-kernel"), ("verl", "verl")):
+        with pytest.raises(Gap, match=f"{package} is not installed: pip install {package}"):
+            provider(name).calls()
+        assert provider(name).version is None
+
+
+def test_a_peer_that_does_not_import_is_named_in_one_line(spoiled):
+    with pytest.raises(Gap, match="torch .* does not import: RuntimeError: no such symbol"):
+        spoiled("broken").calls()
+
+
+def test_ours_has_no_excuse():
+    def fail():
+        raise RuntimeError("ours is broken")
+
+    with pytest.raises(RuntimeError, match="ours is broken"):
+        provider("grpo-fast torch", load=fail).calls()
+
+
+def accuracy_row(found: Provider, dtype: torch.dtype = torch.float32) -> dict:
+    return accuracy.provider_row(found, accuracy.Truth(TINY, dtype, CPU))
+
+
+def test_ours_is_as_exact_as_promised():
+    """Half-precision inputs cost the log-probs nothing, and the gradients their last rounding."""
+    truth = accuracy.Truth((64, 32, 512), torch.bfloat16, CPU)
+    row = accuracy.provider_row(provider("grpo-fast torch"), truth)
+    floor = accuracy.floor_row(truth)
+    assert row["logp"] < 1e-4
+    assert row["entropy"] < 1e-4
+    for name in ("dhidden", "dweight", "confident_dhidden"):
+        assert 1e-3 < floor[name] < 2.5e-3
+        assert row[name] < 1.2 * floor[name]
+    assert row["ratio_is_1"] is True
+    assert row["not_finite"] is False
+    eager = accuracy.provider_row(provider("eager half"), truth)
+    assert eager["logp"] > 1e-3
+    assert eager["confident_dhidden"] > 0.5
+
+
+@pytest.mark.parametrize(
+    "name, change, expected",
+    [
+        ("logp", lambda own: own._replace(logp=own.logp + 0.25), 0.25),
+        ("entropy", lambda own: own._replace(entropy=own.entropy - 0.125), 0.125),
+    ],
+)
+def test_accuracy_sees_an_error(name, change, expected):
+    right = peers.eager(None, torch.float32)
+
+    def logprobs(*rows, entropy):
+        return change(right.logprobs(*rows, entropy=entropy))
+
+    row = accuracy_row(provider("eager", load=lambda: Calls(logprobs, right.loss)))
+    assert row[name] == pytest.approx(expected, rel=1e-3)
+    assert row["ratio_is_1"] is (name == "entropy")
+
+
+def test_accuracy_sees_wrong_gradients_and_nan():
+    def loss(factor: float, batch) -> Loss:
+        out = peers.eager(None, torch.float32).loss(batch)
+        # The confident batches alone: their targets are all but certain.
+        certain = out.logp.min() > -1e-6
+        return out._replace(loss=out.loss * (math.nan if certain and factor == 1 else factor))
+
+    def row(factor: float) -> dict:
+        return accuracy_row(provider("Liger", load=lambda: Calls(None, partial(loss, factor))))
+
+    doubled = row(1.5)
+    assert doubled["dhidden"] == pytest.approx(0.5, rel=1e-3)
+    assert doubled["dweight"] == pytest.approx(0.5, rel=1e-3)
+    assert (doubled["ratio_is_1"], doubled["not_finite"]) == (None, False)
+    spoiled = row(1.0)
+    assert spoiled["dhidden"] < 1e-4
+    assert spoiled["not_finite"] is True
+    json.loads(json.dumps(accuracy.finite([spoiled]), allow_nan=False))
+
+
+def test_a_loss_alone_shows_its_log_prob_error():
+    """What is read off the loss is what the log-probs themselves would have said."""
+    truth = accuracy.Truth(TINY, torch.bfloat16, CPU)
+    eager, rows = peers.eager(None, torch.float32), truth.batch.rows()
+    some = checked_rows(len(rows["targets"]), CPU)
+    logp = eager.logprobs(rows["hidden"], rows["weight"], rows["targets"], entropy=False).logp
+    direct = float((logp - truth.exact.logp)[some].abs().max())
+    assert direct > 1e-3
+    assert accuracy.logp_error_of_loss(eager, truth) == pytest.approx(direct, rel=1e-2)
+
+
+def test_a_peer_that_fails_is_a_gap_of_the_table(spoiled):
+    row = accuracy_row(spoiled("failing"))
+    assert row["gap"].startswith("fails: AttributeError: ")
+    assert row["logp"] is None
+    line = accuracy.accuracy_table([row])[-1]
+    assert line == f"failing: {row['gap']}"
+
+
+def test_interpreted_kernels_stay_small():
+    found = provider("grpo-fast triton")
+    truth = accuracy.Truth(TINY, torch.float32, CPU)
+    assert accuracy.provider_row(found, truth)["gap"] is None
+    truth.batch = truth.batch._replace(weight=torch.empty(accuracy.INTERPRETED_LOGITS, 0))
+    assert "take a smaller --shape" in accuracy.provider_row(found, truth)["gap"]
+
+
+def test_accuracy_command_prints_the_table_and_writes_json(no_peers, capsys, tmp_path):
+    path = tmp_path / "accuracy.json"
+    words = ["--accuracy", "--shape", *map(str, TINY), "--dtype", "bfloat16", "--device", "cpu"]
+    assert main.main([*words, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "N=8 D=16 V=53 bfloat16, against float64" in out
+    assert "TRL: trl is not installed: pip install trl" in out
+    written = json.loads(path.read_text())
+    assert set(written) == {"schema", "kind", "about", "rows"}
+    assert (written["schema"], written["kind"]) == (accuracy.SCHEMA, "accuracy")
+    assert {"date", "commit", "device", "torch"} <= set(written["about"])
+    names = [p.name for p in peers.PROVIDERS]
+    assert [row["provider"] for row in written["rows"]] == [*names, "float64, rounded"]
+    keys = {"N", "D", "V", "dtype", "provider", "version", "computes", "gap", "ratio_is_1"}
+    assert all(set(row) == keys | {"not_finite", *accuracy.MEASURES} for row in written["rows"])
+    gaps = {row["provider"] for row in written["rows"] if row["gap"]}
+    assert gaps == {"TRL", "Liger", "verl"}
+
+
+def test_a_wrong_or_missing_provider_gets_no_number(spoiled, monkeypatch, capsys, tmp_path):
+    """Each in its own process; those that are right are timed all the same."""
+    missing = provider("TRL", package="nobody-has-this")
+    faults = map(spoiled, ("wrong", "failing", "dying"))
+    asked = (provider("eager"), provider("grpo-fast torch"), missing, *faults)
+    monkeypatch.setattr(compare, "PROVIDERS", asked)
+    monkeypatch.setattr(isolated, "PROVIDERS", asked)
+    words = ["--shape", *map(str, TINY), "--dtype", "float32", "--head", "trained"]
+    words += ["--device", "cpu", "--rounds", "3", "--seconds", "0", "--threads", "1"]
+    path = tmp_path / "peers.json"
+    assert compare.main([*words, "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert set(written) == {"schema", "kind", "about", "rows"}
+    assert {"load_before", "load_after", "threads"} <= set(written["about"])
+    rows = {row["provider"]: row for row in written["rows"]}
+    said = {
+        "TRL": "nobody-has-this is not installed",
+        "wrong": "wrong result, not timed: loss: largest error",
+        "dying": "its process ended with exit code 7",
+        "failing": "fails: AttributeError",
+    }
+    out = capsys.readouterr().out
+    for name, part in said.items():
+        assert part in rows[name]["error"], rows[name]
+        assert f"{name}: {rows[name]['error']}" in out
+        numbers = ("seconds", "cpu_seconds", "over_eager", "over_ours", "extra_bytes", "rounds")
+        assert not any(rows[name][number] for number in numbers)
+    for name in ("eager", "grpo-fast torch"):
+        assert rows[name]["error"] is None
+        assert rows[name]["seconds"] > 0
+        assert rows[name]["rounds"] == 3
+    assert rows["eager"]["over_eager"] == rows["grpo-fast torch"]["over_ours"] == 1.0
+    assert rows["eager"]["over_ours"] > 0
+
+
+class Fake:
+    """A worker whose calls take what they are told to."""
+
+    def __init__(self, name: str, walls: list[float], order: list[str]):
+        self.provider = provider("eager", name=name)
+        self.walls, self.order = iter(walls), order
+
+    def ask(self, method: str):
+        assert method == "time"
+        self.order.append(self.provider.name)
+        return Call(next(self.walls), 1.0, 5)
+
+
+def test_providers_take_turns_and_ratios_are_of_a_round():
+    """A machine that is twice as slow in one round changes no ratio."""
+    order: list[str] = []
+    slow = [1.0, 2.0, 1.0]
+    workers = [
+        Fake(name, [factor * wall for wall in slow], order)
+        for name, factor in (("ours", 3.0), ("eager", 2.0), ("eager half", 8.0))
+    ]
+    times, lost = compare.rounds_of(workers, least=3, seconds=0.0)
+    assert lost == {}
+    names = [worker.provider.name for worker in workers]
+    assert order == names + names[1:] + names[:1] + names[2:] + names[:2]
+    match = Match(shape=TINY, dtype=torch.float32, head="trained", device=CPU)
+    row = compare.row(match, workers[0].provider, None, times, "ours")
+    assert (row["over_eager"], row["over_ours"], row["fastest_eager"]) == (1.5, 1.0, "eager")
+    assert row["seconds"] == statistics.median(3 * wall for wall in slow)
+    assert (row["cpu_seconds"], row["extra_bytes"], row["rounds"]) == (1.0, 5, 3)
+
+
+def test_meter_sees_memory_that_is_gone_again():
+    kept = torch.ones(2**22)
+    meter = Meter(CPU)
+    torch.ones(2**24).sum()
+    later = torch.ones(2**20)
+    # The kernel counts pages in batches.
+    assert 2**26 - 2**22 <= meter.bytes() < 2**26 + 2**24
+    del kept, later
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--accuracy", "--shape", "6", "16", "53"], "tokens a multiple of 4"),
+        (["--accuracy", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--peers", "--shape", "8", "0", "53"], "sizes from 1"),
+        (["--peers", "--rounds", "1"], "--rounds from 2"),
+        (
+            ["--peers", "--only", "grpo-fast triton", "--device", "cpu"],
+            "on cpu there are grpo",
+        ),
+    ],
+)
+def test_wrong_option_is_one_line_and_exit_2(words, part, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) == 1
+
+
+def test_results_name_the_kind_of_machine_only():
+    from grpo_bench.timing import header
+
+    about = header(CPU, main.Path(main.__file__).resolve().parent.parent)
+    assert about["device"].endswith(f", {os.cpu_count()} cores")
+    assert not any(os.uname().nodename in str(value) for value in about.values())
