@@ -17,15 +17,17 @@ _HOME = {
     "GrpoFastError": "errors",
     "InputError": "errors",
     "LogProbOutput": "ops",
-    "LossConfig": "config",
+    "LossConfig": "loss_config",
     "LossOutput": "ops",
     "RewardError": "errors",
     "TrainConfig": "config",
     "TrainResult": "trainer",
     "group_advantages": "advantages",
     "grpo_loss": "ops",
+    "kl_in_reward": "kl_reward",
     "linear_grpo_loss": "ops",
     "linear_logprob": "ops",
+    "next_entropy_coef": "entropy_control",
     "token_logprob": "ops",
     "train": "trainer",
 }
@@ -33,8 +35,11 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .advantages import AdvantageOutput, group_advantages
-    from .config import LossConfig, TrainConfig
+    from .config import TrainConfig
+    from .entropy_control import next_entropy_coef
     from .errors import CheckpointError, ConfigError, GrpoFastError, InputError, RewardError
+    from .kl_reward import kl_in_reward
+    from .loss_config import LossConfig
     from .ops import (
         GRPOLoss,
         LogProbOutput,

@@ -5,9 +5,11 @@ import dataclasses
 import importlib
 import importlib.util
 import io
+import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -16,11 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import LossConfig, TrainConfig
-from .config_file import build_config, read_config
+from .config import TrainConfig
+from .config_file import TRL_NAMES, build_config, read_config
 from .errors import ConfigError, GrpoFastError, nearest
+from .loss_config import LossConfig
 
 INTERRUPTED = 130
+# As a shell reports a program that SIGPIPE ended.
+READER_LEFT = 141
 _PROGRAM = "grpo-fast"
 # What Python says of a value that is no number, and what a person expects to read.
 _SAID = (
@@ -31,12 +36,20 @@ _SAID = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 the user can mend it, 1 a defect, 130
-    interrupted. Errors are one line on standard error; `--debug` anywhere shows the traceback."""
+    interrupted, 141 nobody reads on (`| head`). Errors are one line on standard error; `--debug`
+    anywhere shows the traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [item for item in arguments if item != "--debug"]
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        # At exit it would be too late to tell a reader that left from a defect.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What Python still has to write at exit must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -57,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def train_command(arguments: Sequence[str], *, command: str = "train") -> int:
+def train_command(arguments: Sequence[str]) -> int:
     """train with GRPO: [--config FILE.yaml] [--key value ...]"""
     if {"-h", "--help"} & set(arguments):
-        _print_train_help(arguments, command)
+        _print_train_help(arguments)
         return 0
     config = train_config(arguments)
     from .trainer import train
 
     again = [item for item in arguments if item not in ("--resume", "--no-resume")]
-    resume = f"resume with: {shlex.join([_PROGRAM, command, *again, '--resume'])}"
+    resume = f"resume with: {shlex.join([_called_as(), 'train', *again, '--resume'])}"
     try:
         result = train(config)
     except KeyboardInterrupt:
@@ -199,6 +212,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _called_as() -> str:
+    """`grpo-fast` where a shell finds this one under that name, else its path as it was called."""
+    called, found = Path(sys.argv[0]), shutil.which(_PROGRAM)
+    if called.name != _PROGRAM or (found and Path(found).resolve() == called.resolve()):
+        return _PROGRAM
+    return str(called)
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or "no message"
 
@@ -221,16 +242,26 @@ def _split_config(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _check_options(flags: Sequence[str]) -> None:
-    """Refuse an option that is no field, naming the nearest one."""
-    known = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "loss"]
-    known += [f"loss.{field.name}" for field in dataclasses.fields(LossConfig)]
-    options = {"--" + name.replace("_", "-") for name in known}
-    switches = {"--no-resume", "--no-mask-truncated-completions"}
-    for flag in flags:
-        option = flag.partition("=")[0].replace("_", "-")
+    """Refuse an option that is no field, naming the nearest one, and a list given in two parts."""
+    fields = [("--", field) for field in dataclasses.fields(TrainConfig) if field.name != "loss"]
+    fields += [("--loss.", field) for field in dataclasses.fields(LossConfig)]
+    options = {prefix + field.name.replace("_", "-") for prefix, field in fields}
+    switches = {
+        f"{prefix}no-{field.name.replace('_', '-')}"
+        for prefix, field in fields
+        if field.type is bool
+    }
+    given = [flag.partition("=")[0].replace("_", "-") for flag in flags]
+    for option in ("--reward", "--reward-weights"):
+        # A second value replaces the first one; of a list, that would lose entries in silence.
+        if given.count(option) > 1:
+            raise ConfigError(f"{option} given twice: put all values after one, {option} A B")
+    for flag, option in zip(flags, given, strict=True):
         if option.startswith("--") and option not in options | switches:
+            name = option[2:].replace("-", "_")
+            meant = "--" + TRL_NAMES.get(name, name).replace("_", "-")
             raise ConfigError(
-                f"unknown option {flag.partition('=')[0]}: {nearest(option, options)}"
+                f"unknown option {flag.partition('=')[0]}: {nearest(meant, options)}"
                 f"`{_PROGRAM} train --help` lists all"
             )
 
@@ -264,7 +295,7 @@ def _partial(tyro: Any, values: dict[str, Any]) -> TrainConfig:
     return fill(TrainConfig, values | {"loss": fill(LossConfig, values.get("loss", {}))})
 
 
-def _print_train_help(arguments: Sequence[str], command: str) -> None:
+def _print_train_help(arguments: Sequence[str]) -> None:
     """Every field with its docstring and default; defaults are the file's where one is given."""
     values, _ = _split_config([item for item in arguments if item not in ("-h", "--help")])
     tyro = _import_tyro()
@@ -278,7 +309,7 @@ def _print_train_help(arguments: Sequence[str], command: str) -> None:
             TrainConfig,
             args=["--help"],
             default=_partial(tyro, values),
-            prog=f"{_PROGRAM} {command}",
+            prog=f"{_PROGRAM} train",
             description=about,
         )
 

@@ -1,125 +1,17 @@
-"""Every option a person can set: two frozen dataclasses, validated when constructed.
+"""Every option of a run: `TrainConfig`, a frozen dataclass, validated when constructed.
 
-`LossConfig` says which loss, `TrainConfig` everything about a run. A YAML file becomes a
-`TrainConfig` through `config_file.py`; the command line is generated from the same fields.
+`LossConfig` is `loss_config.py`. A YAML file becomes a `TrainConfig` through `config_file.py`; the
+command line is generated from the same fields.
 """
 
 import dataclasses
-import math
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from .errors import ConfigError, nearest
+from .advantage_config import Baseline, MultiReward, Scale, advantage_conflict
+from .errors import ConfigError
+from .loss_config import LossConfig, check, check_choice, is_number
 
-# exp(20) = 4.9e8: past any ratio a clip lets through, far below float32 overflow (88).
-DEFAULT_LOG_RATIO_CLAMP = 20.0
-
-
-def _check(condition: bool, name: str, value: Any, expected: str, hint: str = "") -> None:
-    if not condition:
-        raise ConfigError(f"{name} = {value!r} is out of range: expected {expected}{hint}")
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    allowed = typing.get_args(choices)
-    if value not in allowed:
-        raise ConfigError(
-            f"{name} = {value!r} is not available: {nearest(str(value), map(str, allowed))}"
-            f"choose one of {', '.join(map(str, allowed))}"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
-ImportanceSamplingLevel = Literal["token", "sequence"]
-KLEstimator = Literal["k1", "k2", "k3"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Which GRPO loss. Names and meanings are TRL's where TRL has the option."""
-
-    loss_type: LossType = "dapo"
-    """How per-token losses are averaged: `grpo` mean over sequences of each one's token mean,
-    `bnpo` token mean of this call, `dapo` token mean of the whole optimizer step, `dr_grpo`
-    sum / (sequences x max_completion_length)."""
-    epsilon: float = 0.2
-    """Lower clip: the ratio is clipped to at least 1 - epsilon."""
-    epsilon_high: float | None = None
-    """Upper clip: at most 1 + epsilon_high; as epsilon when not given."""
-    delta: float | None = None
-    """Two-sided clip (INTELLECT-2): cap of the unclipped ratio, above 1 + epsilon_high; off when
-    not given."""
-    beta: float = 0.0
-    """Weight of the KL to the reference policy; 0 needs no reference, and KL is not measured."""
-    kl_estimator: KLEstimator = "k3"
-    """KL estimator with d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d."""
-    importance_sampling_level: ImportanceSamplingLevel = "token"
-    """One ratio per token, or one per sequence: exp of the mean log-ratio (GSPO)."""
-    temperature: float = 1.0
-    """Log-probs are log_softmax(logits / temperature), as sampled."""
-    max_completion_length: int | None = None
-    """The constant of `dr_grpo`; the trainer fills it in."""
-    log_ratio_clamp: float = DEFAULT_LOG_RATIO_CLAMP
-    """Beyond this |log-ratio| a ratio or KL is taken, value and slope, at the limit; such tokens
-    are counted."""
-
-    def __post_init__(self) -> None:
-        _check_choice("loss_type", self.loss_type, LossType)
-        _check_choice(
-            "importance_sampling_level", self.importance_sampling_level, ImportanceSamplingLevel
-        )
-        _check_choice("kl_estimator", self.kl_estimator, KLEstimator)
-        _check(
-            _is_number(self.epsilon) and 0 <= self.epsilon < 1,
-            "epsilon",
-            self.epsilon,
-            "0 <= epsilon < 1",
-        )
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        _check(_is_number(high) and high >= 0, "epsilon_high", high, "a finite number >= 0")
-        if self.delta is not None:
-            _check(
-                _is_number(self.delta) and self.delta > 1 + high,
-                "delta",
-                self.delta,
-                f"more than 1 + epsilon_high = {1 + high:g}",
-                ", or leave it out",
-            )
-        _check(_is_number(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number >= 0")
-        _check(
-            _is_number(self.temperature) and self.temperature > 0,
-            "temperature",
-            self.temperature,
-            "a finite number > 0",
-            "; the loss needs the distribution that was sampled, and greedy decoding has none",
-        )
-        if self.max_completion_length is not None:
-            _check(
-                self.max_completion_length > 0,
-                "max_completion_length",
-                self.max_completion_length,
-                "> 0",
-            )
-        _check(
-            _is_number(self.log_ratio_clamp) and 0 < self.log_ratio_clamp <= 80,
-            "log_ratio_clamp",
-            self.log_ratio_clamp,
-            "0 < log_ratio_clamp <= 80 (exp overflows float32 at 88)",
-        )
-
-    @property
-    def clip_high(self) -> float:
-        """`epsilon_high`, or `epsilon` where none was given."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-ScaleRewards = Literal["group", "batch", "none"]
-Baseline = Literal["mean", "leave_one_out"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Existing = Literal["refuse", "move"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -139,7 +31,7 @@ class TrainConfig:
     reward."""
     reward: tuple[str, ...]
     """Reward functions as `file.py:function` or `package.module:function`; several are weighted and
-    summed."""
+    summed, before or after they are normalized (multi_objective_aggregation)."""
     reward_weights: tuple[float, ...] = ()
     """One weight a reward function; all 1 when not given."""
     eval_dataset: str | None = None
@@ -169,10 +61,15 @@ class TrainConfig:
     """Sampling temperature, also of the loss."""
     top_p: float = 1.0
     """Nucleus sampling: keep the smallest set of tokens with this probability."""
-    scale_rewards: ScaleRewards = "group"
-    """Divide advantages by the group's std, the batch's, or by none (Dr. GRPO)."""
+    scale_rewards: Scale = "group"
+    """Divide advantages by the group's std, the batch's, none (Dr. GRPO), or the group's `mean`
+    (MaxRL); `nonzero` multiplies by scored / nonzero rewards of the step (GPG)."""
     baseline: Baseline = "mean"
-    """Subtract the group's mean reward, or the mean of the other members (RLOO)."""
+    """Subtract the group's mean reward, or the mean of the other members (RLOO); `pass_at_k` gives
+    the best its distance to the second and all others 0."""
+    multi_objective_aggregation: MultiReward = "sum_then_normalize"
+    """Several rewards: advantages of their weighted sum, or the weighted sum of each one's
+    normalized rewards over its std in the step (GDPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss (DAPO overlong filter)."""
 
@@ -219,24 +116,28 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("model", "dataset", "output_dir"):
-            _check(bool(getattr(self, name)), name, getattr(self, name), "a path")
+            check(bool(getattr(self, name)), name, getattr(self, name), "a path")
         if isinstance(self.reward, str):
             object.__setattr__(self, "reward", (self.reward,))
-        _check(len(self.reward) > 0, "reward", self.reward, "at least one `file.py:function`")
+        check(len(self.reward) > 0, "reward", self.reward, "at least one `file.py:function`")
         self._check_rewards()
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
+        names = ("scale_rewards", "baseline", "multi_objective_aggregation")
+        conflict = advantage_conflict(**{name: getattr(self, name) for name in names})
+        if conflict is not None:
+            raise ConfigError(conflict)
         for name in _POSITIVE:
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            _check(_is_number(value) and value >= 0, name, value, ">= 0")
+            check(is_number(value) and value >= 0, name, value, ">= 0")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
-            _check(_is_number(value) and value > 0, name, value, "> 0")
+            check(is_number(value) and value > 0, name, value, "> 0")
         for name in ("adam_beta1", "adam_beta2"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= beta < 1")
-        _check(
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= beta < 1")
+        check(
             self.group_size >= 2,
             "group_size",
             self.group_size,
@@ -244,15 +145,15 @@ class TrainConfig:
             ": an advantage compares a completion with the others of its group, and one alone "
             "teaches nothing",
         )
-        _check(
-            _is_number(self.temperature) and self.temperature > 0,
+        check(
+            is_number(self.temperature) and self.temperature > 0,
             "temperature",
             self.temperature,
             "> 0",
             ": at temperature 0 all completions of a group are the same (evaluation is greedy "
             "anyway)",
         )
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         if self.loss.temperature not in (1.0, self.temperature):
             raise ConfigError(
                 f"loss.temperature = {self.loss.temperature} contradicts temperature = "
@@ -271,7 +172,7 @@ class TrainConfig:
                 f"reward_weights has {len(weights)} values for {len(self.reward)} reward "
                 "functions: give one each"
             )
-        if not all(_is_number(weight) for weight in weights) or (weights and not any(weights)):
+        if not all(is_number(weight) for weight in weights) or (weights and not any(weights)):
             raise ConfigError(
                 f"reward_weights = {list(weights)}: expected finite numbers, at least one not 0"
             )
@@ -288,8 +189,9 @@ class TrainConfig:
 
 _CHOICES = {
     "existing": Existing,
-    "scale_rewards": ScaleRewards,
+    "scale_rewards": Scale,
     "baseline": Baseline,
+    "multi_objective_aggregation": MultiReward,
     "lr_scheduler_type": Scheduler,
     "dtype": Dtype,
     "impl": Impl,

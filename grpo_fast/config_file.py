@@ -8,11 +8,25 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import LossConfig, TrainConfig
+from .config import TrainConfig
 from .errors import ConfigError, nearest
+from .loss_config import LossConfig
 
 # Inputs a config file may name relative to itself.
 _PATH_FIELDS = ("model", "dataset", "eval_dataset", "reward")
+# TRL's names of options that have another one here, whose likeness may be to something else.
+TRL_NAMES = {
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "reward_funcs": "reward",
+    "num_generations": "group_size",
+    "per_device_train_batch_size": "token_budget",
+    "gradient_accumulation_steps": "token_budget",
+    "num_train_epochs": "max_steps",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -79,11 +93,18 @@ def parse_fields(cls: type, values: dict[str, Any], *, where: str) -> dict[str, 
         name = str(key).replace("-", "_")
         if name not in hints:
             raise ConfigError(
-                f"{where}: unknown key '{key}': {nearest(name, hints)}known keys are "
+                f"{where}: unknown key '{key}': {_meant(name, hints)}known keys are "
                 f"{', '.join(sorted(hints))}"
             )
         parsed[name] = _parse(hints[name], value, where=where, key=str(key))
     return parsed
+
+
+def _meant(name: str, hints: dict[str, Any]) -> str:
+    for block, kind in hints.items():
+        if dataclasses.is_dataclass(kind) and name in typing.get_type_hints(kind):
+            return f"it belongs in the block under '{block}:'; "
+    return nearest(TRL_NAMES.get(name, name), hints)
 
 
 def _parse(kind: Any, value: Any, *, where: str, key: str) -> Any:

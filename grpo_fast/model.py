@@ -103,13 +103,20 @@ def resolve_model(spec: str, *, directory: Path, seed: int) -> Path:
 
 def _made_before(directory: Path, made: dict) -> Path:
     record = directory / MADE_BY
-    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    if found != made:
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if _maker(found) != _maker(made):
         raise ConfigError(
-            f"model folder {directory} was made by {found}, this run wants {made}: put model and "
-            "seed back, or choose another output_dir"
+            f"model folder {directory} was made by {found.get('made_by', 'something else')} with "
+            f"seed {found.get('seed', 'unknown')}, this run wants {made['made_by']} with seed "
+            f"{made['seed']}: put model and seed back, or choose another output_dir"
         )
     return directory
+
+
+def _maker(made: dict) -> tuple:
+    # As resolved paths: `make demo` names the file from here, `grpo-fast demo` from the root.
+    file, _, name = made.get("made_by", "").rpartition(":")
+    return Path(file).resolve(), name, made.get("seed")
 
 
 def _check_folder(path: Path) -> None:

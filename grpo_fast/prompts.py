@@ -116,12 +116,13 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(where: str, raw: bytes) -> dict[str, Any] | None:
     try:
-        text = raw.decode("utf-8-sig")
+        # Without its end, which the column of an error in a cut line would count as a new line.
+        text = raw.decode("utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: byte {error.start + 1} is not UTF-8: expected a JSONL file, like {EXPECTED}"
         ) from error
-    if not text.strip():
+    if not text:
         return None
     try:
         row = json.loads(text)

@@ -127,9 +127,14 @@ class _Call:
             wanted = available & {p.name for p in parameters}
         for p in parameters:
             needed = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-            if needed and (p.kind is p.POSITIONAL_ONLY or p.name not in available):
+            if needed and p.kind is p.POSITIONAL_ONLY:
                 raise RewardError(
                     f"reward '{reward.name}' wants '{p.name}', which cannot be given by keyword: "
+                    "remove the / from its parameters"
+                )
+            if needed and p.name not in available:
+                raise RewardError(
+                    f"reward '{reward.name}' wants '{p.name}', which is no column of the data set: "
                     f"{nearest(p.name, available)}there are {', '.join(sorted(available))}"
                 )
         return {name: self._values(name) for name in sorted(wanted)}
@@ -173,16 +178,19 @@ class _Call:
         if not isinstance(number, Real):
             raise RewardError(
                 f"reward '{reward.name}' returned {_excerpt(value)} of type {type(value).__name__} "
-                f"for completion {k}, {_excerpt(self.completions[k])}: expected a number, or None"
+                f"for {self._place(k)}: expected a number, or None"
             )
         # Of integers and floats of any size, NaN included.
         if not abs(number) <= LARGEST_REWARD:
             raise RewardError(
-                f"reward '{reward.name}' returned {_excerpt(number)} for completion {k}, "
-                f"{_excerpt(self.completions[k])}: expected a finite float32 number, or None where "
-                "it does not apply"
+                f"reward '{reward.name}' returned {_excerpt(number)} for {self._place(k)}: "
+                "expected a finite float32 number, or None where it does not apply"
             )
         return float(number)
+
+    def _place(self, k: int) -> str:
+        row = self.prompts[k].row
+        return f"completion {k}, {_excerpt(self.completions[k])} to row {row} of the data set"
 
     def raised(self, reward: RewardFunction, error: BaseException) -> RewardError:
         """The error to show for one that `reward` raised."""

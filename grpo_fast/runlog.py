@@ -26,19 +26,15 @@ _OURS = {CONFIG, METRICS, COMPLETIONS, CHECKPOINTS, LOCK, BASE_MODEL, "report.ht
 
 
 class RunLog:
-    """Open files of one run; made by `open_run`, closed by `with`."""
+    """One run's files; made by `open_run`, closed by `with`. Rows go in after `start` or
+    `truncate_after`: until then, nothing of an older run has been touched."""
 
-    def __init__(
-        self, folder: Path, config: TrainConfig, lock: IO[str], notes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, lock: IO[str]) -> None:
         self.folder = folder
         self.checkpoints = folder / CHECKPOINTS
-        self.notes = list(notes)
-        """What a person should know about the folder, one sentence each."""
         self._config = config
         self._lock = lock
-        self._metrics = _open_log(folder / METRICS)
-        self._completions = _open_log(folder / COMPLETIONS)
+        self._open: dict[str, IO[str]] = {}
 
     def __enter__(self) -> "RunLog":
         return self
@@ -48,60 +44,64 @@ class RunLog:
 
     def close(self) -> None:
         """Close the logs and give the lock back."""
-        self._metrics.close()
-        self._completions.close()
+        for file in self._open.values():
+            file.close()
         _unlock(self.folder, self._lock)
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; NaN and infinity become null."""
-        self._metrics.write(_to_line({"step": step, **metrics}))
-
-    def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append one line a row to completions.jsonl; a NaN reward becomes null."""
-        for row in rows:
-            self._completions.write(_to_line(row))
+    def start(self) -> Path | None:
+        """Begin a new run: move an older one aside, write config.json; returns where it went."""
+        aside = _move_aside(self.folder) if _holds_run(self.folder) else None
+        self._begin()
+        return aside
 
     def truncate_after(self, step: int) -> None:
         """Go on with a resumed run from `step` (-1: from nothing): drop the rows of later steps,
         put this config in config.json."""
+        for name in (METRICS, COMPLETIONS):
+            _cut(self.folder / name, step)
+        self._begin()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; NaN and infinity become null."""
+        self._open[METRICS].write(_to_line({"step": step, **metrics}))
+
+    def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append one line a row to completions.jsonl; a NaN reward becomes null."""
+        for row in rows:
+            self._open[COMPLETIONS].write(_to_line(row))
+
+    def _begin(self) -> None:
         _write_config(self.folder, self._config)
-        self._metrics = _cut(self._metrics, step)
-        self._completions = _cut(self._completions, step)
+        self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
 
 
 def open_run(config: TrainConfig) -> RunLog:
-    """The log in `config.output_dir`, locked; a new run's config.json is written.
+    """The log in `config.output_dir`, locked; nothing else is written yet.
 
     Raises ConfigError, with nothing written, when the folder holds a run that is neither resumed
     nor moved, other files, no run to resume, a live run, or cannot be written.
     """
     folder = Path(config.output_dir)
-    found = _names(folder)
+    foreign = _foreign(_names(folder))
     holds_run = _holds_run(folder)
     if config.resume and not holds_run:
         raise ConfigError(
             f"resume: no run in {folder}: looked for rows in {METRICS} and for folders in "
             f"{CHECKPOINTS}/; check output_dir, or leave --resume out to start a new run"
         )
-    if not holds_run and found - _OURS:
+    if not holds_run and foreign:
         raise ConfigError(
-            f"output_dir {folder} holds files that are no run ('{min(found - _OURS)}'): choose "
+            f"output_dir {folder} holds files that are no run ('{min(foreign)}'): choose "
             "another folder with --output-dir"
         )
     lock = _acquire(folder)
-    notes = []
-    if holds_run and not config.resume:
-        if config.existing == "refuse":
-            _unlock(folder, lock)
-            raise ConfigError(
-                f"output_dir {folder} already holds a run: go on with it by --resume, choose "
-                "another folder with --output-dir, or move the old run aside with --existing move"
-            )
-        notes.append(f"the run that was in {folder} is now in {_move_aside(folder)}")
-    # A resumed run's config is replaced once it is known to fit, in truncate_after.
-    if not config.resume:
-        _write_config(folder, config)
-    return RunLog(folder, config, lock, notes)
+    if holds_run and not config.resume and config.existing == "refuse":
+        _unlock(folder, lock)
+        raise ConfigError(
+            f"output_dir {folder} already holds a run: go on with it by --resume, choose "
+            "another folder with --output-dir, or move the old run aside with --existing move"
+        )
+    return RunLog(folder, config, lock)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -140,6 +140,11 @@ def _names(folder: Path) -> set[str]:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file: choose a folder with --output-dir")
     return set(os.listdir(folder)) if folder.exists() else set()
+
+
+def _foreign(names: set[str]) -> set[str]:
+    # A run that is stopped while it writes a thing aside leaves `.<thing>.writing`.
+    return {n for n in names if n.removeprefix(".").removesuffix(".writing") not in _OURS}
 
 
 def _holds_run(folder: Path) -> bool:
@@ -216,12 +221,10 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut(file: IO[str], step: int) -> IO[str]:
-    file.close()
-    path = Path(file.name)
-    rows = [row for row in _read_rows(path) if row["step"] <= step]
-    _write_atomically(path, "".join(map(_to_line, rows)))
-    return _open_log(path)
+def _cut(path: Path, step: int) -> None:
+    if path.is_file():
+        rows = [row for row in _read_rows(path) if row["step"] <= step]
+        _write_atomically(path, "".join(map(_to_line, rows)))
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:

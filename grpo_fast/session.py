@@ -11,6 +11,7 @@ import torch
 from .checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .console import Progress
+from .entropy_control import EntropyControl
 from .errors import CheckpointError, ConfigError
 from .implementation import resolve_impl
 from .model import check_head, load_model, load_tokenizer, pick_device, resolve_model
@@ -48,6 +49,8 @@ class Parts:
     prompts: list[Prompt]
     held_out: list[Prompt]
     device: torch.device
+    entropy_control: EntropyControl | None
+    """Of adaptive entropy, changed by every optimizer step; None without it."""
 
     def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager:
         """bfloat16 products on a GPU while parameters stay float32, for dtype `auto`."""
@@ -84,7 +87,10 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
-    return Parts(model, reference, tokenizer, optimizer, rewards, prompts, held_out, device)
+    control = EntropyControl(config.loss.entropy_coef) if config.loss.use_adaptive_entropy else None
+    return Parts(
+        model, reference, tokenizer, optimizer, rewards, prompts, held_out, device, control
+    )
 
 
 def load_data(config: TrainConfig, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
@@ -115,16 +121,25 @@ def restore(
     config: TrainConfig, run: RunLog, parts: Parts, progress: Progress
 ) -> tuple[int, float, int]:
     """(steps done, seconds, tokens) of the newest checkpoint when resuming, else zeros; the log is
-    cut to match."""
-    checkpoint, _ = newest_checkpoint(run.checkpoints) if config.resume else (None, [])
+    cut to match, or started.
+
+    Here, after all that can be wrong with a config, an older run gives way to this one.
+    """
+    if not config.resume:
+        aside = run.start()
+        if aside is not None:
+            progress.note(f"the run that was in {run.folder} is now in {aside}")
+        return 0, 0.0, 0
+    checkpoint, _ = newest_checkpoint(run.checkpoints)
     if checkpoint is None:
-        if config.resume:
-            progress.note("no checkpoint yet: starting from step 0")
-            run.truncate_after(-1)
+        progress.note("no checkpoint yet: starting from step 0")
+        run.truncate_after(-1)
         return 0, 0.0, 0
     state = checkpoint.state
     check_same_run(config, state, checkpoint.path)
     load_optimizer(checkpoint.path, parts.model, parts.optimizer)
+    if parts.entropy_control is not None:
+        parts.entropy_control = EntropyControl(**state["entropy_control"])
     run.truncate_after(checkpoint.step)
     progress.note(f"resuming after step {checkpoint.step} from {checkpoint.path}")
     return checkpoint.step, state["seconds"], state["num_tokens"]
@@ -158,6 +173,7 @@ def save(
     config: TrainConfig, run: RunLog, parts: Parts, step: int, seconds: float, tokens: int
 ) -> None:
     """A checkpoint after `step`."""
+    control = parts.entropy_control
     save_checkpoint(
         run.checkpoints,
         step,
@@ -169,6 +185,7 @@ def save(
             "dataset_sha256": fingerprint(config.dataset),
             "seconds": seconds,
             "num_tokens": tokens,
+            "entropy_control": None if control is None else control._asdict(),
         },
         keep=config.keep_checkpoints,
     )

@@ -22,6 +22,7 @@ import torch
 
 from .config import TrainConfig
 from .console import Progress
+from .entropy_control import bonus_entropy
 from .errors import GrpoFastError
 from .metrics import completion_rows, length_metrics, rollout_metrics, update_metrics
 from .packing import Group
@@ -60,8 +61,6 @@ def train(config: TrainConfig) -> TrainResult:
     saved, and the result says `interrupted`; twice: KeyboardInterrupt, checkpoints intact.
     """
     with open_run(config) as run, Progress(config.max_steps) as progress:
-        for note in run.notes:
-            progress.note(note)
         parts = build(config, run, progress)
         first, seconds, tokens = restore(config, run, parts, progress)
         progress.note(plan(config, parts))
@@ -96,9 +95,10 @@ def loop(
                 "epoch": epoch(config, parts, step),
             }
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
-            last = step == config.max_steps or stop.requested
             if step == config.max_steps or due(step, config.eval_every):
                 metrics |= evaluate(config, parts, progress)
+            # Asked once: a step that is shown as the last one is also saved.
+            last = step == config.max_steps or stop.requested
             run.log(step, metrics)
             run.log_completions(completion_rows(step, groups, config.log_completions))
             done = step
@@ -108,7 +108,7 @@ def loop(
                 save(config, run, parts, step, time.perf_counter() - started, tokens)
             if skipped >= MAX_SKIPPED_STEPS:
                 raise GrpoFastError(diverged(run, step))
-            if stop.requested:
+            if last:
                 break
     report = write_report(run.folder)
     history = read_metrics(run.folder)
@@ -166,12 +166,20 @@ def update(
             groups = with_logprobs(groups, ref_logprobs=ref)
         for iteration in range(config.num_iterations):
             parts.optimizer.zero_grad(set_to_none=True)
+            control, loss = parts.entropy_control, config.step_loss
+            loss = loss if control is None else control.loss(loss)
             with parts.autocast(config):
-                output = grpo_backward(parts.model, groups, loss=config.step_loss, **options)
+                output = grpo_backward(parts.model, groups, loss=loss, **options)
             if iteration == 0 and config.num_iterations > 1:
                 groups = with_logprobs(groups, old_logprobs=output.logprobs)
             row = {name: float(value) for name, value in output.metrics.items()}
             row["loss"] = float(output.loss)
+            if control is not None:
+                masks = [mask for group in groups for mask in group.completion_masks]
+                entropy = bonus_entropy(output.entropy, masks, loss.top_entropy_quantile)
+                parts.entropy_control = control.after(loss, entropy)
+            if control is not None or loss.entropy_coef:
+                row["entropy_coef"] = loss.entropy_coef
             row |= apply_gradients(config, parts, step)
             iterations.append(row)
     return update_metrics(iterations)
@@ -294,22 +302,33 @@ class StopRequest:
 
     def __init__(self, progress: Progress) -> None:
         self.requested = False
-        self.progress = progress
-        self.previous: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
+        self._asked = threading.Event()
+        # A signal may come in the middle of a print, which cannot be entered again from its
+        # handler: another thread says that it was heard.
+        self._answer = threading.Thread(target=self._say, args=(progress,), daemon=True)
 
     def __enter__(self) -> "StopRequest":
+        self._answer.start()
         # Signals can only be caught in the main thread; elsewhere the host decides.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._caught)
+                self._previous[number] = signal.signal(number, self._caught)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._asked.set()
+        self._answer.join()
 
     def _caught(self, number: int, frame: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.progress.note("stopping after this step, once more to stop at once")
+        self._asked.set()
+
+    def _say(self, progress: Progress) -> None:
+        self._asked.wait()
+        if self.requested:
+            progress.note("stopping after this step, once more to stop at once")

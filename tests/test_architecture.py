@@ -11,20 +11,63 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("token_logprob", "policy_loss", "group_advantage", "segment_reduce")
-LEAVES = {"config", "errors"}
+LEAVES = {"loss_config", "errors"}
 # What each module of grpo_fast may import from grpo_fast; those not named here may import what
 # stands above the loop.
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
-    "reference": {"config"},
-    "objective": {"config"},
-    "torch_kernels": {"config", "objective"},
-    "inputs": LEAVES | {"objective"},
+    "numbered": {"errors"},
+    "loss_config": {"errors", "numbered", "presets"},  # presets inside from_trl and from_verl
+    "presets": LEAVES,
+    "advantage_config": set(),
+    "config": {"advantage_config", "errors", "loss_config"},
+    "plugins": {"errors"},
+    "reference": {"loss_config", "reference_advantage", "reference_loss"},
+    "reference_advantage": set(),
+    "reference_loss": {"loss_config"},
+    "rows": set(),
+    "aggregation": {"loss_config", "rows"},
+    "tokens": {"errors", "rows"},
+    "objective": {"loss_config", "plugins", "tokens"},
+    "correction": {"loss_config", "rows", "tokens"},
+    "policy_terms": {"correction", "loss_config", "objective", "rows", "tokens"},
+    "loss_metrics": {"loss_config", "objective"},
+    "live": {"loss_config", "rows"},
+    "torch_kernels": {"objective", "policy_terms", "rows", "torch_segments"},
+    "torch_segments": set(),
+    "inputs": LEAVES | {"aggregation", "rows"},
     "implementation": {"errors", "torch_kernels"},
-    "chunked": {"config", "inputs", "objective"},
-    "autograd": {"chunked", "config", "inputs", "torch_kernels"},
-    "advantages": {"errors", "implementation", "reference"},
+    "products": set(),
+    "chunked": {"products", "torch_kernels"},
+    "vocab_parallel": {"errors"},
+    "linear_loss": {
+        "aggregation",
+        "chunked",
+        "correction",
+        "loss_config",
+        "objective",
+        "policy_terms",
+        "products",
+        "rows",
+        "vocab_parallel",
+    },
+    "autograd": {"chunked", "errors", "linear_loss"},
+    "outputs": {"errors"},
+    "compiled": LEAVES
+    | {
+        "autograd",
+        "chunked",
+        "implementation",
+        "inputs",
+        "loss_metrics",
+        "numbered",
+        "outputs",
+        "products",
+        "vocab_parallel",
+    },
+    "advantages": {"advantage_config", "errors", "implementation", "reference"},
+    "entropy_control": {"aggregation", "loss_config"},
+    "kl_reward": LEAVES | {"implementation", "inputs", "objective", "reference"},
     "testing": set(),
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
@@ -87,8 +130,10 @@ def test_nobody_imports_hugging_face_s_kernels_or_the_tests(folder):
 
 
 def test_kernels_and_oracle_do_not_know_each_other():
-    assert "grpo_kernels" not in top_levels(ROOT / "grpo_fast/reference.py")
-    assert not siblings(ROOT / "grpo_fast/reference.py") & {"objective", "torch_kernels", "ops"}
+    for name in ("reference", "reference_advantage", "reference_loss"):
+        path = ROOT / f"grpo_fast/{name}.py"
+        assert "grpo_kernels" not in top_levels(path)
+        assert siblings(path) <= {"loss_config", "reference_advantage", "reference_loss"}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -154,5 +199,7 @@ def test_public_functions_say_what_they_replace():
         "linear_logprob",
         "token_logprob",
         "group_advantages",
+        "kl_in_reward",
+        "next_entropy_coef",
     ):
         assert getattr(grpo_fast, name).__doc__.startswith("`"), name

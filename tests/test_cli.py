@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -144,10 +145,20 @@ def test_every_field_has_a_flag():
         impl="torch",
         loss=LossConfig(
             loss_type="grpo",
+            objective="o.py:f",
+            aggregation="sequence_sum",
             epsilon_high=0.3,
             delta=2.0,
+            dual_clip=3.0,
+            dro_beta=0.1,
+            beta=0.1,
             kl_estimator="k2",
+            use_bias_correction_kl=True,
             importance_sampling_level="sequence",
+            importance_sampling_correction="token_mask",
+            importance_sampling_min=0.5,
+            off_policy_mask_threshold=0.5,
+            use_adaptive_entropy=True,
             max_completion_length=256,
         ),
     )
@@ -170,6 +181,7 @@ def test_every_field_has_a_flag():
         (["train"], "model, dataset, reward not given"),
         (["train", "--model", "m"], "--dataset"),
         (["train", *NEEDED, "--group-sise", "4"], "--group-sise: did you mean '--group-size'?"),
+        (["train", *NEEDED, "--num-generations=4"], "did you mean '--group-size'?"),
         (["train", *NEEDED, "--loss.bta=4"], "--loss.bta: did you mean '--loss.beta'?"),
         (["train", *NEEDED, "--group-size", "four"], "--group-size = 'four', expected a whole"),
         (["train", *NEEDED, "--loss.beta", "x"], "--loss.beta = 'x', expected a number"),
@@ -183,6 +195,7 @@ def test_every_field_has_a_flag():
         (["train", "--config", "--resume"], "--config needs a file"),
         (["train", "--config", "a.yaml", "--config=b.yaml"], "--config given twice"),
         (["train", "--config", "gone.yaml"], "config file gone.yaml does not exist"),
+        (["train", *NEEDED, "--reward=s.py:g"], "--reward given twice: put all values after one"),
         (["report"], "report takes one run folder"),
         (["report", "gone"], "no run in gone"),
         (["env", "now"], "env takes no arguments, found 'now'"),
@@ -216,6 +229,21 @@ def test_an_interrupted_run_says_how_to_go_on(trained, file):
     assert ran.code == 130
     line = f"resume with: grpo-fast train --config {file} --seed 3 --resume"
     assert ran.out == f"interrupted after step 17: {line}\n"
+
+
+@pytest.mark.parametrize("on_path", [False, True])
+def test_the_resume_command_is_called_as_this_one_was(
+    trained, file, tmp_path, monkeypatch, on_path
+):
+    """`make` runs .venv/bin/grpo-fast, which a shell does not find under its bare name."""
+    called = tmp_path / "bin" / "grpo-fast"
+    called.parent.mkdir()
+    called.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(called)])
+    monkeypatch.setenv("PATH", str(called.parent if on_path else tmp_path))
+    trained.result.interrupted = True
+    program = "grpo-fast" if on_path else called
+    assert f"resume with: {program} train --config" in run("train", "--config", file).out
 
 
 def test_a_second_interrupt_points_at_the_checkpoints_if_there_are_any(trained, file, tmp_path):
@@ -330,6 +358,24 @@ def test_demo_is_train_with_the_installed_file(monkeypatch, trained, tmp_path, f
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: spec)
     assert run("demo", "--seed", "5").code == 0
     assert (trained.configs[0].seed, trained.configs[0].group_size) == (5, 4)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "grpo_fast.cli", "--help"],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (cli.READER_LEFT, "")
 
 
 def test_the_command_line_imports_nothing_heavy():

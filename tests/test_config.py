@@ -7,7 +7,7 @@ import math
 import pytest
 
 from grpo_fast.config import LossConfig, TrainConfig
-from grpo_fast.config_file import build_config, read_config
+from grpo_fast.config_file import TRL_NAMES, build_config, read_config
 from grpo_fast.errors import ConfigError
 
 NEEDED = {"model": "m", "dataset": "d.jsonl", "reward": ("r.py:f",)}
@@ -38,7 +38,7 @@ def test_configs_are_frozen_and_keyword_only():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"loss_type": "gppo"}, "loss_type = 'gppo' is not available: did you mean 'grpo'?"),
+        ({"loss_type": "gpro"}, "loss_type = 'gpro' is not available: did you mean 'grpo'?"),
         ({"loss_type": "x"}, "choose one of grpo, bnpo, dapo, dr_grpo"),
         ({"importance_sampling_level": "batch"}, "choose one of token, sequence"),
         ({"kl_estimator": "k4"}, "choose one of k1, k2, k3"),
@@ -95,8 +95,24 @@ def test_loss_options_at_their_limits_are_taken():
         ({"eval_every": -1}, "eval_every = -1"),
         ({"impl": "tritan"}, "impl = 'tritan' is not available: did you mean 'triton'?"),
         ({"existing": "overwrite"}, "choose one of refuse, move"),
-        ({"scale_rewards": "std"}, "choose one of group, batch, none"),
-        ({"baseline": "median"}, "choose one of mean, leave_one_out"),
+        ({"scale_rewards": "std"}, "choose one of group, batch, none, mean, nonzero"),
+        ({"baseline": "median"}, "choose one of mean, leave_one_out, pass_at_k"),
+        (
+            {"multi_objective_aggregation": "normalise_then_sum"},
+            "did you mean 'normalize_then_sum'?",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "found scale_rewards = 'none' and baseline = 'mean': leave both out",
+        ),
+        (
+            {"scale_rewards": "mean", "baseline": "leave_one_out"},
+            "scale_rewards = 'mean' (MaxRL) divides by the mean it subtracts, found baseline",
+        ),
+        (
+            {"scale_rewards": "nonzero", "baseline": "pass_at_k"},
+            "choose scale_rewards group, batch or none",
+        ),
         ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "choose one of auto, float32, bfloat16"),
         ({"loss": LossConfig(temperature=0.5)}, "loss.temperature = 0.5 contradicts temperature"),
@@ -175,6 +191,8 @@ def test_a_file_is_read_with_types_and_without_defaults(tmp_path):
     ("text", "words"),
     [
         ("modle: m", "unknown key 'modle': did you mean 'model'? known keys are adam_beta1, "),
+        ("beta: 1", "unknown key 'beta': it belongs in the block under 'loss:'; known keys"),
+        ("num_generations: 4", "unknown key 'num_generations': did you mean 'group_size'?"),
         ("loss:\n  betta: 1", "loss: unknown key 'betta': did you mean 'beta'?"),
         ("group_size: four", "group_size = 'four' is str, expected int"),
         ("group_size: 4.5", "group_size = 4.5 is float, expected int"),
@@ -251,3 +269,9 @@ def test_a_key_given_twice_is_refused(tmp_path, text):
     key = text.partition(":")[0].replace("-", "_")
     with pytest.raises(ConfigError, match=f"key '{key}' is given twice"):
         read_config(write(tmp_path, text))
+
+
+def test_names_of_trl_point_at_options_and_are_none():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(TRL_NAMES.values()) <= fields
+    assert not set(TRL_NAMES) & fields

@@ -275,8 +275,16 @@ def test_a_model_is_made_once(maker):
     assert list(directory.parent.iterdir()) == [directory], "nothing is left beside it"
     check_head(load(directory))
     assert load_tokenizer(directory)("ab")["input_ids"] == [3, 4]
-    with pytest.raises(ConfigError, match="was made by .*'seed': 0}, this run wants .*'seed': 9}"):
+    with pytest.raises(ConfigError, match="was made by .*build with seed 0, .*build with seed 9: "):
         resolve_model(spec, directory=directory, seed=9)
+
+
+def test_a_function_is_the_same_by_any_path(maker, monkeypatch):
+    spec, directory, calls = maker
+    monkeypatch.chdir(directory.parent.parent)
+    for name in ("make.py:build", spec, "./make.py:build"):
+        resolve_model(name, directory=directory, seed=0)
+    assert calls.read_text() == "x"
 
 
 def test_what_was_not_finished_is_never_used(maker):

@@ -99,7 +99,7 @@ def test_special_tokens_are_added_to_text_and_not_to_a_template(tmp_path):
 
 LINE = '{"prompt": "a"}\n'
 BAD = {
-    "json": (LINE + '{"prompt": \n', r"data.jsonl:2: not valid JSON \(.*column \d+\)"),
+    "json": (LINE + '{"prompt": \n', r"data.jsonl:2: not valid JSON \(.*column 11\)"),
     "array": ('["prompt"]\n', r'data.jsonl:1: found \["prompt"\], expected one object a line'),
     "nested": ("[" * 100_000 + "\n", r"data.jsonl:1: cannot be used \(.*recursion"),
     "half-a-character": ('{"prompt": "\\ud800"}\n', "data.jsonl:1: cannot be used .*surrogates"),

@@ -212,7 +212,10 @@ BAD = {
     "one": (returning([1.0]), "reward 'reward' returned 1 values for 2 completions"),
     "three": (returning([1.0] * 3), "returned 3 values for 2"),
     "none-at-all": (returning([]), "returned 0 values for 2"),
-    "nan": (returning([0, math.nan]), r"returned nan for completion 1, 'no': expected a finite"),
+    "nan": (
+        returning([0, math.nan]),
+        r"returned nan for completion 1, 'no' to row 2 of the data set: exp",
+    ),
     "numpy-nan": (returning(np.array([0, math.nan])), "returned nan for completion 1"),
     "inf": (returning([-math.inf, 0]), r"returned -inf for completion 0, 'x'"),
     "huge": (returning([10**400, 0]), r"returned 1000.*for completion 0"),
@@ -227,8 +230,11 @@ BAD = {
     "raises-later": (raising_later, rf"ValueError: too late \(test_rewards.py:\d+\), {CALLED}"),
     "raises-lazily": (lazy, r"reward 'lazy' raised OSError: gone \(test_rewards.py:\d+\)"),
     "exits": (exiting, "reward 'exiting' raised SystemExit: 3"),
-    "column": (needy, "'needy' wants 'anwser'.*did you mean 'answer'.*there are answer, comp"),
-    "positional": (positional, "'positional' wants 'completions', which cannot be given by key"),
+    "column": (
+        needy,
+        "'needy' wants 'anwser', which is no column.*did you mean 'answer'.*there are answer, comp",
+    ),
+    "positional": (positional, "'positional' wants 'completions'.*by keyword: remove the /"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from grpo_fast.config import TrainConfig
 from grpo_fast.errors import ConfigError, InputError
-from grpo_fast.runlog import open_run, read_completions, read_metrics, read_saved_config
+from grpo_fast.runlog import RunLog, open_run, read_completions, read_metrics, read_saved_config
 
 
 def config(folder, **options) -> TrainConfig:
@@ -21,8 +21,14 @@ def config(folder, **options) -> TrainConfig:
     )
 
 
+def started(folder, **options) -> RunLog:
+    run = open_run(config(folder, **options))
+    run.start()
+    return run
+
+
 def finished_run(folder, steps=3) -> Path:
-    with open_run(config(folder)) as run:
+    with started(folder) as run:
         for step in range(steps + 1):
             run.log(step, {"reward": step / 10})
             run.log_completions([{"step": step, "completion": f"answer {step}"}] * 2)
@@ -46,7 +52,7 @@ def test_a_new_run_has_its_config_and_rows_come_back(tmp_path):
 
 
 def test_a_row_is_on_disk_before_the_run_is_closed(tmp_path):
-    with open_run(config(tmp_path)) as run:
+    with started(tmp_path) as run:
         run.log(1, {"loss": 0.5})
         run.log_completions([{"step": 1, "completion": "x"}])
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
@@ -55,7 +61,7 @@ def test_a_row_is_on_disk_before_the_run_is_closed(tmp_path):
 
 def test_lines_are_strict_json_whatever_the_numbers_and_the_text(tmp_path):
     text = "lone \ud800, line \u2028 separator, 数, \x00"
-    with open_run(config(tmp_path)) as run:
+    with started(tmp_path) as run:
         run.log(1, {"kl": math.nan, "grad_norm": math.inf, "reward": 1.5})
         run.log_completions([{"step": 1, "completion": text, "rewards": {"f": math.nan}}])
 
@@ -89,24 +95,37 @@ def test_move_puts_everything_aside_but_the_base_model_and_says_so(tmp_path):
     (folder / "my notes.txt").write_text("keep")
     before = {name: data for name, data in tree(folder).items() if "base_model" not in name}
     with open_run(config(folder, existing="move")) as run:
-        assert len(run.notes) == 1
-        assert str(folder) + ".1" in run.notes[0]
+        assert run.start() == tmp_path / "run.1"
         run.log(0, {"reward": 9.0})
     assert tree(tmp_path / "run.1") == before
     assert (folder / "base_model" / "model.safetensors").read_bytes() == b"weights"
     assert read_metrics(folder) == [{"step": 0, "reward": 9.0}]
     with open_run(config(folder, existing="move")) as run:
-        assert str(folder) + ".2" in run.notes[0]
+        assert run.start() == tmp_path / "run.2"
     assert tree(tmp_path / "run.1") == before
 
 
 def test_a_run_that_never_started_is_written_over_in_silence(tmp_path):
     (tmp_path / "base_model").mkdir()
-    with open_run(config(tmp_path, seed=1)):
-        pass
+    started(tmp_path, seed=1).close()
     with open_run(config(tmp_path, seed=2)) as run:
-        assert run.notes == []
+        assert run.start() is None
     assert read_saved_config(tmp_path)["seed"] == 2
+
+
+def test_until_it_starts_a_run_touches_nothing(tmp_path):
+    folder = finished_run(tmp_path / "run")
+    before = tree(folder)
+    for options in ({"existing": "move"}, {"resume": True}):
+        open_run(config(folder, seed=5, **options)).close()
+        assert tree(tmp_path) == {f"run/{name}": data for name, data in before.items()}
+
+
+def test_what_a_stopped_run_was_writing_is_ours(tmp_path):
+    for name in (".base_model.writing", ".report.html.writing"):
+        (tmp_path / name).mkdir()
+    started(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").is_file()
 
 
 @pytest.mark.parametrize("existing", ["refuse", "move"])
@@ -210,6 +229,7 @@ def holder(tmp_path):
         "from grpo_fast.runlog import open_run\n"
         "need = {'model': 'm', 'dataset': 'd', 'reward': ('r',)}\n"
         "run = open_run(TrainConfig(**need, output_dir=sys.argv[2]))\n"
+        "run.start()\n"
         "run.log(0, {'reward': 0.5})\n"
         "print('locked', flush=True)\n"
         "time.sleep(60)\n"

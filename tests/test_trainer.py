@@ -1,6 +1,7 @@
 """The whole program on a tiny model: it learns, it repeats itself, it resumes bit for bit, it stops
 when asked."""
 
+import io
 import json
 import math
 import os
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from grpo_fast import CheckpointError, ConfigError, GrpoFastError, LossConfig, RewardError, train
 from grpo_fast.config import TrainConfig
+from grpo_fast.console import Progress
 from grpo_fast.tiny import save_tiny
+from grpo_fast.trainer import StopRequest
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_cpu.txt"
 
@@ -156,10 +160,31 @@ def test_first_losses_are_pinned(world, tmp_path):
         assert numbers == pytest.approx([float(x) for x in expected.split()], rel=1e-3, abs=2e-5)
 
 
-@pytest.mark.parametrize("stop_at", [2, 3])
-def test_resume_is_the_uninterrupted_run_bit_for_bit(world, tmp_path, stop_at, monkeypatch):
+# Entropy starts at 3.90 nats and falls: the bonus sets in after the second step.
+ADAPTIVE = {
+    "entropy_target": 3.895,
+    "entropy_coef": 0.02,
+    "use_adaptive_entropy": True,
+    "entropy_coef_delta": 0.01,
+    "entropy_coef_max": 0.03,
+}
+
+
+@pytest.mark.parametrize("stop_at, several", [(2, False), (3, True)])
+def test_resume_is_the_uninterrupted_run_bit_for_bit(
+    world, tmp_path, stop_at, several, monkeypatch
+):
+    """A checkpoint step and one between; a plain run, and one whose entropy bonus has a state."""
+    changes = {"max_steps": 6}
+    if several:
+        changes |= {
+            "reward": tuple(f"{world}/rewards.py:{name}" for name in ("many_a", "short")),
+            "reward_weights": (1.0, 0.5),
+            "multi_objective_aggregation": "normalize_then_sum",
+            "loss": LossConfig(**ADAPTIVE),
+        }
     whole = tmp_path / "whole"
-    train(config_of(world, whole, max_steps=6))
+    train(config_of(world, whole, **changes))
     parts = tmp_path / "parts"
     from grpo_fast import trainer
 
@@ -171,17 +196,85 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(world, tmp_path, stop_at, m
         return real(config, parts_, step, watch)
 
     monkeypatch.setattr(trainer, "rollout", interrupted)
-    first = train(config_of(world, parts, max_steps=6))
+    first = train(config_of(world, parts, **changes))
     monkeypatch.undo()
     assert first.interrupted
     assert first.step == stop_at
-    second = train(config_of(world, parts, max_steps=6, resume=True))
+    second = train(config_of(world, parts, resume=True, **changes))
     assert not second.interrupted
     assert weights(parts, 6) == weights(whole, 6)
     assert without_times(rows(parts)) == without_times(rows(whole))
     assert rows(parts, "completions.jsonl") == rows(whole, "completions.jsonl")
     optimizer = "checkpoints/step-000006/optimizer.safetensors"
     assert (parts / optimizer).read_bytes() == (whole / optimizer).read_bytes()
+
+
+@pytest.mark.parametrize("during", ["evaluate", "log"])
+def test_a_stop_asked_for_late_in_a_step_is_saved_with_that_step(
+    world, tmp_path, during, monkeypatch
+):
+    from grpo_fast import trainer
+
+    owner = trainer if during == "evaluate" else trainer.RunLog
+    real, calls = getattr(owner, during), iter(range(100))
+
+    def interrupted(*arguments):
+        # The first call comes before step 1, the second in it.
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, during, interrupted)
+    result = train(config_of(world, tmp_path / "run", eval_every=1, save_every=0))
+    assert result.interrupted
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == [f"step-{result.step:06d}"]
+    assert result.step == (1 if during == "evaluate" else 2)
+
+
+def test_a_stop_asked_for_in_the_middle_of_a_print_prints_each_line_once():
+    class Signalled(io.StringIO):
+        def write(self, text):
+            count = super().write(text)
+            if "the line" in text and "stopping" not in self.getvalue():
+                os.kill(os.getpid(), signal.SIGINT)
+            return count
+
+    file = Signalled()
+    progress = Progress(1, console=Console(file=file, width=80))
+    with StopRequest(progress) as stop:
+        progress.note("the line")
+    assert stop.requested
+    assert file.getvalue() == "the line\nstopping after this step, once more to stop at once\n"
+
+
+def test_adaptive_entropy_acts_at_or_below_its_target(world, tmp_path):
+    """The coefficients logged are those that follow from the entropies logged."""
+    loss = LossConfig(**ADAPTIVE)
+    options = {"num_iterations": 1, "eval_every": 0, "save_every": 0, "max_steps": 6}
+    train(config_of(world, tmp_path / "run", loss=loss, **options))
+    coef, before, expected = loss.entropy_coef, math.inf, []
+    metrics = rows(tmp_path / "run")[1:]
+    for row in metrics:
+        expected.append(coef if before <= loss.entropy_target else 0.0)
+        before = row["entropy"]
+        coef = min(max(coef + (0.01 if before <= loss.entropy_target else -0.01), 0.0), 0.03)
+    assert [row["entropy_coef"] for row in metrics] == pytest.approx(expected)
+    assert len({round(x, 6) for x in expected}) >= 3, "the test must see it off, on and moving"
+    # Groups that teach nothing are measured too, also while there is no bonus.
+    assert any(row["frac_reward_zero_std"] and not row["entropy_coef"] for row in metrics)
+    assert not any(row["n_tokens_skipped"] for row in metrics)
+    state = json.loads((tmp_path / "run/checkpoints/step-000006/state.json").read_text())["state"]
+    assert state["entropy_control"] == {
+        "coef": pytest.approx(coef),
+        "entropy": pytest.approx(before, rel=1e-6),
+    }
+
+
+def test_a_fixed_entropy_bonus_is_logged_and_no_bonus_is_not(world, tmp_path):
+    for name, loss in {"fixed": LossConfig(entropy_coef=0.1), "none": LossConfig()}.items():
+        train(config_of(world, tmp_path / name, loss=loss, max_steps=1))
+    assert rows(tmp_path / "fixed")[1]["entropy_coef"] == 0.1
+    assert "entropy_coef" not in rows(tmp_path / "none")[1]
 
 
 def test_resume_after_a_kill_drops_what_was_not_saved(world, tmp_path, monkeypatch):
@@ -277,6 +370,15 @@ def test_a_run_is_not_written_over(world, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
     train(config_of(world, tmp_path / "run", max_steps=1, existing="move"))
     assert (tmp_path / "run.1/metrics.jsonl").read_bytes() == before
+
+
+def test_a_config_that_cannot_run_moves_no_run_aside(world, tmp_path):
+    train(config_of(world, tmp_path / "run", max_steps=1))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(GrpoFastError):
+        train(config_of(world, tmp_path / "run", dataset="/nowhere.jsonl", existing="move"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert os.listdir(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize(
