@@ -14,19 +14,24 @@ _HOME = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "GRPOLoss": "ops",
+    "Group": "groups",
     "GrpoFastError": "errors",
     "InputError": "errors",
     "LogProbOutput": "ops",
     "LossConfig": "loss_config",
     "LossOutput": "ops",
     "RewardError": "errors",
+    "StepOutput": "step",
     "TrainConfig": "config",
     "TrainResult": "trainer",
     "group_advantages": "advantages",
+    "group_logprobs": "step",
+    "grpo_backward": "step",
     "grpo_loss": "ops",
     "kl_in_reward": "kl_reward",
     "linear_grpo_loss": "ops",
     "linear_logprob": "ops",
+    "make_groups": "groups",
     "next_entropy_coef": "entropy_control",
     "token_logprob": "ops",
     "train": "trainer",
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .entropy_control import next_entropy_coef
     from .errors import CheckpointError, ConfigError, GrpoFastError, InputError, RewardError
+    from .groups import Group, make_groups
     from .kl_reward import kl_in_reward
     from .loss_config import LossConfig
     from .ops import (
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
         linear_logprob,
         token_logprob,
     )
+    from .step import StepOutput, group_logprobs, grpo_backward
     from .trainer import TrainResult, train
 
 

@@ -16,6 +16,7 @@ def token_weights(
     *,
     segments: Segments | None,
     group_ids: Tensor | None = None,
+    group_lengths: Tensor | None = None,
     denominator: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -23,8 +24,9 @@ def token_weights(
 
     `sequence_mean` 1 / (S n_i), `token_mean` 1 / N_live, `constant` 1 / (S max_completion_length),
     `sequence_sum` 1 / S, `prompt_mean` 1 / (P n_p) with n_p the live tokens of the row's group
-    (group_ids [S]). `denominator` replaces S, N_live, S x max_completion_length, S and P, so that
-    micro-batches add up to the step. A sequence without a live token counts all the same.
+    (group_ids [S]), or group_lengths [S] where the call holds only some of them. `denominator`
+    replaces S, N_live, S x max_completion_length, S and P, so that micro-batches add up to the
+    step. A sequence without a live token counts all the same.
     """
     live = mask.to(dtype)
     kind = config.adds_up
@@ -32,10 +34,12 @@ def token_weights(
         return live / (live.sum().clamp(min=1) if denominator is None else denominator)
     if kind == "prompt_mean":
         groups, members = torch.unique(group_ids, return_inverse=True)
-        tokens = torch.zeros(len(groups), dtype=dtype, device=mask.device)
-        tokens.index_add_(0, members, segments.lengths)
         normaliser = max(len(groups), 1) if denominator is None else denominator
-        return live / segments.spread(tokens.clamp(min=1)[members]) / normaliser
+        if group_lengths is None:
+            tokens = torch.zeros(len(groups), dtype=dtype, device=mask.device)
+            tokens.index_add_(0, members, segments.lengths)
+            group_lengths = tokens[members]
+        return live / segments.spread(group_lengths.to(dtype).clamp(min=1)) / normaliser
     if denominator is None:
         denominator = max(segments.lengths.numel(), 1)
         if kind == "constant":

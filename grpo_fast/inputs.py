@@ -244,6 +244,7 @@ def loss_rows(
     ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None,
     group_ids: Tensor | None,
+    group_lengths: Tensor | None,
     temperature: float | Tensor | None,
     denominator: float | Tensor | None,
     entropy_denominator: float | Tensor | None,
@@ -262,12 +263,13 @@ def loss_rows(
     normaliser = _denominator("denominator", denominator, targets.device)
     entropy_normaliser = _denominator("entropy_denominator", entropy_denominator, targets.device)
     if config.adds_up != "prompt_mean":
-        group_ids = None
+        group_ids = group_lengths = None
     weights = token_weights(
         flat,
         config,
         segments=segments,
-        group_ids=_groups(group_ids, segments),
+        group_ids=_per_sequence("group_ids", group_ids, segments),
+        group_lengths=_per_sequence("group_lengths", group_lengths, segments),
         denominator=normaliser,
         dtype=dtype,
     )
@@ -344,17 +346,17 @@ def _check_needs(
         )
 
 
-def _groups(group_ids: Tensor | None, segments: Segments | None) -> Tensor | None:
-    if group_ids is None:
+def _per_sequence(name: str, values: Tensor | None, segments: Segments | None) -> Tensor | None:
+    if values is None:
         return None
     sequences = segments.lengths.shape
-    found = tuple(group_ids.shape) if isinstance(group_ids, Tensor) else type(group_ids).__name__
-    if found != tuple(sequences) or group_ids.is_floating_point():
+    found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if found != tuple(sequences) or values.is_floating_point():
         raise InputError(
-            f"group_ids has shape {found}, expected integers {tuple(sequences)}, one a sequence"
+            f"{name} has shape {found}, expected integers {tuple(sequences)}, one a sequence"
         )
-    check_device("group_ids", group_ids, segments.lengths.device)
-    return group_ids
+    check_device(name, values, segments.lengths.device)
+    return values
 
 
 def _denominator(

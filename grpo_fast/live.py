@@ -30,7 +30,7 @@ def live_rows(rows: LossRows, config: LossConfig, *, trained: bool) -> Live:
         return Live(None, None)
     computed = rows.mask
     skipped = None
-    if trained and config.skip_zero_advantage and _advantage_is_all(config):
+    if trained and config.skip_zero_advantage and advantage_is_all(config):
         teaches = rows.advantages != 0
         if config.level != "token" or config.loss_type in WHOLE_SEQUENCE or _per_sequence(config):
             # A token is part of its sequence's ratio, whatever its own advantage is.
@@ -45,7 +45,7 @@ def live_rows(rows: LossRows, config: LossConfig, *, trained: bool) -> Live:
     return Live(index, skipped)
 
 
-def _advantage_is_all(config: LossConfig) -> bool:
+def advantage_is_all(config: LossConfig) -> bool:
     """Whether a row of advantage 0 adds nothing to loss and gradient."""
     return not (
         config.beta

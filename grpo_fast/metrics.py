@@ -19,13 +19,15 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Rewards raw and normalised, the winners, dead groups, lengths."""
     completions = [c for group in groups for c in group.completions]
     scored = [c.reward for c in completions if not math.isnan(c.reward)]
+    # Where all rewards of a step are the same, the sign says whether that is the best or the worst.
+    best, worst = max(scored, default=math.nan), min(scored, default=math.nan)
     metrics = {
         "reward": _mean(scored),
         "reward_std": _std(scored),
         "frac_reward_zero_std": _mean([float(group.degenerate) for group in groups]),
         "groups/std_mean": _mean([_std(group.scores()) for group in groups]),
-        "groups/all_best_frac": _all_equal(groups, max(scored, default=math.nan)),
-        "groups/all_worst_frac": _all_equal(groups, min(scored, default=math.nan)),
+        "groups/all_best_frac": _all_equal(groups, best) if best > worst or best > 0 else 0.0,
+        "groups/all_worst_frac": _all_equal(groups, worst) if best > worst or worst <= 0 else 0.0,
         "advantage/winners": _mean([max(c.advantage for c in g.completions) for g in groups]),
         "advantage/abs_mean": _mean([abs(c.advantage) for c in completions]),
         "unscored_frac": 1 - len(scored) / len(completions),

@@ -8,12 +8,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .chunked import Head
 from .errors import ConfigError, nearest
 from .plugins import describe, load_function, raised_at
 
@@ -26,23 +26,9 @@ MADE_BY = "made_by.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOAD = "download one with `hf download ORG/NAME --local-dir FOLDER`"
 
-# Config options that change the logits after the head, and the value at which they do nothing.
-LOGIT_OPTIONS = {
-    "final_logit_softcapping": None,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 # The same product twice differs by rounding alone; a forgotten factor or bias is far beyond.
 HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_PRECISION_TOLERANCE = 2e-2
-
-
-class Head(NamedTuple):
-    weight: Tensor
-    """[V, D]."""
-    bias: Tensor | None
-    """[V]."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -254,41 +240,52 @@ def hidden_states(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    **more: object,
 ) -> Tensor:
-    """`model(input_ids).logits` before the head: [B, L, D] with gradient, and no logits."""
+    """`model(input_ids).logits` before the head: [B, L, D] with gradient, and no logits. `more`
+    reaches every attention layer."""
     decoder = model.get_decoder()
-    given = {} if position_ids is None else {"position_ids": position_ids}
+    given = more if position_ids is None else {"position_ids": position_ids, **more}
     output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
     return output.last_hidden_state
 
 
 def head(model) -> Head:
-    """Weight and bias of `model.get_output_embeddings()`: logits = hidden @ weight.T + bias."""
+    """`model.get_output_embeddings()` and what the config does to its logits: weight, bias,
+    logit_scale and softcap of `linear_grpo_loss`.
+
+    Raises ConfigError for a head that a peft adapter changes: its adapter would get no gradient.
+    """
     layer = model.get_output_embeddings()
+    trained = getattr(layer, "modules_to_save", None)
+    if trained is not None:
+        layer = trained[layer.active_adapters[0]]
+    elif type(layer).__module__.startswith("peft."):
+        raise ConfigError(
+            f"the output head of {type(model).__name__} has a peft adapter "
+            f"({type(layer).__name__}), which the loss cannot train: leave the head out of "
+            "target_modules, or train it whole with modules_to_save=['lm_head']"
+        )
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise ConfigError(
             f"{type(model).__name__} has no output head: expected a causal language model whose "
             "get_output_embeddings() is a linear layer"
         )
-    return Head(layer.weight, getattr(layer, "bias", None))
+    config = model.config.get_text_config()
+    scale = 1.0
+    # Cohere, Falcon H1; Granite divides.
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
 @torch.no_grad()
 def check_head(model) -> None:
-    """Refuse a model whose logits are not `hidden @ weight.T + bias`: the loss would be another
-    one.
-
-    Known options are refused by name; anything else shows on four tokens.
-    """
-    config = model.config.get_text_config()
-    for name, neutral in LOGIT_OPTIONS.items():
-        value = getattr(config, name, None)
-        if value is not None and value != neutral:
-            raise ConfigError(
-                f"{type(model).__name__} has {name} = {value}, which the loss does not support: "
-                "use a model without it"
-            )
-    weight, bias = head(model)
+    """Refuse a model whose logits are not those of `head(model)`: the loss would be another one."""
+    layer = head(model)
+    weight = layer.weight
     # From 1: id 0 is often the padding, whose embedding is zero.
     ids = torch.arange(1, 5, device=weight.device)[None] % weight.shape[0]
     with evaluating(model):
@@ -300,15 +297,17 @@ def check_head(model) -> None:
         raise ConfigError(
             f"{type(model).__name__} gives NaN or inf on four tokens: its weights are damaged"
         )
-    ours = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    ours = torch.nn.functional.linear(hidden.to(weight.dtype), weight, layer.bias).float()
+    ours = layer.logits_(ours)
     tolerance = HEAD_TOLERANCE.get(weight.dtype, HALF_PRECISION_TOLERANCE)
     # Written so that NaN logits are refused too.
     if ours.shape != logits.shape or not (
         (ours - logits).abs().max() <= tolerance * ours.abs().max()
     ):
         raise ConfigError(
-            f"the logits of {type(model).__name__} are not hidden @ weight.T + bias of its head: "
-            "the model changes them in a way the loss does not know, use another one"
+            f"the logits of {type(model).__name__} are not hidden @ weight.T + bias of its head, "
+            "scaled and softcapped as its config says: the model changes them in a way the loss "
+            "does not know, use another one"
         )
 
 

@@ -95,6 +95,7 @@ def linear_grpo_loss(
     sampler_logprobs: Tensor | None = None,
     bias: Tensor | None = None,
     group_ids: Tensor | None = None,
+    group_lengths: Tensor | None = None,
     temperature: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -110,11 +111,12 @@ def linear_grpo_loss(
     hidden [S, L, D] with targets [S, L], or packed [T, D] with targets [T] and cu_seqlens [S+1];
     weight [V, D], bias [V]. advantages [S] or shaped like targets, which is what [T] with T = S is
     taken for; mask, old_logprobs, ref_logprobs, sampler_logprobs like targets; group_ids [S], the
-    prompt of each sequence, for
-    `prompt_mean`; temperature in place of the config's, a number or shaped like targets. Without
-    old_logprobs the policy is its own: the ratio is exactly 1. `denominator` replaces the
-    normaliser (`aggregation.token_weights`), `entropy_denominator` the number of tokens of the
-    entropy bonus, so that losses of micro-batches add up to the loss of the step. hidden and weight
+    prompt of each sequence, for `prompt_mean`, and group_lengths [S], the tokens in the loss of
+    its whole group where the call holds only a part; temperature in place of the config's, a number
+    or shaped like targets. Without old_logprobs the policy is its own: the ratio is exactly 1.
+    `denominator` replaces the normaliser (`aggregation.token_weights`), `entropy_denominator` the
+    number of tokens of the entropy bonus, so that losses of micro-batches add up to the loss of
+    the step. hidden and weight
     float32, bfloat16, float16 or float64; arithmetic, logprobs and entropy float32 (float64 for
     float64). The gradient is made in the forward and can be taken any number of times, but not
     differentiated again (create_graph is an error); `linear_loss.py` says what it costs. Rows that
@@ -141,6 +143,7 @@ def linear_grpo_loss(
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
         group_ids=group_ids,
+        group_lengths=group_lengths,
         temperature=temperature,
         denominator=denominator,
         entropy_denominator=entropy_denominator,
@@ -176,6 +179,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     group_ids: Tensor | None = None,
+    group_lengths: Tensor | None = None,
     temperature: float | Tensor | None = None,
     denominator: float | Tensor | None = None,
     entropy_denominator: float | Tensor | None = None,
@@ -201,6 +205,7 @@ def grpo_loss(
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
         group_ids=group_ids,
+        group_lengths=group_lengths,
         temperature=temperature,
         denominator=denominator,
         entropy_denominator=entropy_denominator,

@@ -1,206 +1,168 @@
-"""Groups of token ids to micro-batches under a token budget, and back to one tensor a completion.
+"""Which completions are forwarded, and in which packed rows: best-fit-decreasing under a hard token
+budget, each prompt once where that saves enough.
 
-Shapes: `B` rows of a micro-batch, `L` its padded length, `T` its completion tokens, `G` completions
-of a group.
+A completion's last token predicts nothing and is read by nobody, so it takes no place in a row.
 """
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from .config import Chunking, Sharing
+from .errors import ConfigError
+from .groups import Group, Member, members
+from .live import advantage_is_all
+from .loss_config import LossConfig, check_choice
 
-from .advantages import group_advantages
-from .errors import ConfigError, InputError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """One prompt, its G completions and what is known of each: the unit that is trained on."""
-
-    prompt_ids: Sequence[int]
-    """Token ids of the prompt, at least one."""
-    completion_ids: Sequence[Sequence[int]]
-    """Token ids of each completion, end-of-sequence token included."""
-    advantages: Sequence[float] | Tensor | None = None
-    """[G]; made from `rewards` when not given."""
-    rewards: Sequence[float] | Tensor | None = None
-    """[G], NaN where a completion could not be scored."""
-    old_logprobs: Sequence[Tensor] | None = None
-    """One tensor a completion; without them the policy is its own (ratio 1)."""
-    ref_logprobs: Sequence[Tensor] | None = None
-    """One tensor a completion, of the reference policy."""
-    sampler_logprobs: Sequence[Tensor] | None = None
-    """One tensor a completion, as the sampler gave them."""
-    completion_masks: Sequence[Sequence[int]] | None = None
-    """1 = in the loss, 0 = not, per completion token; all 1 when not given."""
-
-    def __post_init__(self) -> None:
-        if len(self.prompt_ids) == 0:
-            raise InputError(
-                "Group.prompt_ids is empty, expected at least one token: nothing predicts the "
-                "completion"
-            )
-        if (self.advantages is None) == (self.rewards is None):
-            raise InputError(
-                "Group needs either advantages or rewards [G], not both and not neither"
-            )
-        count = len(self.completion_ids)
-        for name in (
-            "advantages",
-            "rewards",
-            "old_logprobs",
-            "ref_logprobs",
-            "sampler_logprobs",
-            "completion_masks",
-        ):
-            values = getattr(self, name)
-            if values is not None and len(values) != count:
-                raise InputError(
-                    f"Group.{name} has {len(values)} entries, expected {count}, one a completion"
-                )
-        for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs", "completion_masks"):
-            for k, values in enumerate(getattr(self, name) or ()):
-                if len(values) != len(self.completion_ids[k]):
-                    raise InputError(
-                        f"Group.{name}[{k}] has {len(values)} entries for "
-                        f"{len(self.completion_ids[k])} tokens"
-                    )
-
-    def advantage_values(self) -> list[float]:
-        """`advantages`, or `group_advantages(rewards)`."""
-        if self.advantages is not None:
-            return torch.as_tensor(self.advantages, dtype=torch.float32).tolist()
-        size = len(self.completion_ids)
-        return group_advantages(torch.as_tensor(self.rewards), group_size=size).advantages.tolist()
+# A second attention call and a merge must pay for themselves.
+LEAST_SAVED = 0.15
 
 
-class Member(NamedTuple):
-    """One completion of one group."""
+class Part(NamedTuple):
+    """Completions of one group that lie in one row."""
 
     group: int
-    index: int
-    length: int
-    """Prompt and completion tokens."""
+    completions: tuple[int, ...]
+    tokens: int
+    """That the row holds for them, prompt included."""
+    shared: bool
+    """One prompt for all of them; else exactly one completion, behind its own."""
 
 
-def members(groups: Sequence[Group]) -> list[Member]:
-    """Every completion, in group order."""
-    return [
-        Member(g, k, len(group.prompt_ids) + len(completion))
-        for g, group in enumerate(groups)
-        for k, completion in enumerate(group.completion_ids)
-    ]
+class Chunks(NamedTuple):
+    """A group that no row can hold: its prompt is forwarded once, its completions row by row."""
+
+    group: int
+    rows: tuple[tuple[int, ...], ...]
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Member]]:
-    """Rows of similar length together, so that rows x longest row never exceeds `token_budget`.
+@dataclass(slots=True)
+class Packing:
+    """What a step forwards, and what it leaves out."""
 
-    Longest first: the first micro-batch is the largest there will be, and dies at once if it must.
+    rows: list[list[Part]] = field(default_factory=list)
+    chunks: list[Chunks] = field(default_factory=list)
+    masked: list[Member] = field(default_factory=list)
+    """Completions without a token in the loss."""
+    dead: list[Member] = field(default_factory=list)
+    """Completions of advantage 0 where nothing else makes a gradient."""
+    tokens: int = 0
+    """Through the model."""
+    tokens_alone: int = 0
+    """Of the same completions with a prompt each, as a trainer without padding has them."""
+    tokens_padded: int = 0
+    """Of all completions as rows of one batch, padded to the longest prompt and completion."""
+
+
+def pack(
+    groups: Sequence[Group],
+    config: LossConfig | None,
+    token_budget: int,
+    *,
+    sharing: Sharing = "auto",
+    chunking: Chunking = "auto",
+    window: int | None = None,
+) -> Packing:
+    """Rows of at most `token_budget` tokens for every completion that teaches under `config`, or
+    for every one under None. `window`: tokens that a layer of the model sees; a group with a longer
+    sequence does not share its prompt.
+
+    Raises ConfigError when a sequence is longer than the budget.
     """
-    rows = sorted(members(groups), key=lambda member: -member.length)
-    if rows and rows[0].length > token_budget:
-        raise ConfigError(
-            f"token_budget = {token_budget} is below the longest sequence, {rows[0].length} tokens "
-            "(group "
-            f"{rows[0].group}, completion {rows[0].index}): raise it, or lower "
-            "max_completion_length"
-        )
-    batches: list[list[Member]] = []
-    for row in rows:
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= token_budget:
-            batches[-1].append(row)
+    check_choice("share_prompts", sharing, Sharing)
+    check_choice("chunking", chunking, Chunking)
+    check_budget(groups, token_budget)
+    packing = Packing(tokens_padded=padded_tokens(groups))
+    teaching = _teaching(groups, config, packing)
+    parts: list[Part] = []
+    for g, completions in teaching.items():
+        group = groups[g]
+        prompt, sizes = len(group.prompt_ids), _sizes(group, completions)
+        alone = prompt * len(completions) + sum(sizes.values())
+        together = prompt + sum(sizes.values())
+        packing.tokens_alone += alone
+        longest = prompt + max(len(group.completion_ids[k]) for k in completions)
+        saved = 1 - together / alone
+        fits_window = window is None or longest <= window
+        if sharing == "off" or not fits_window or (sharing == "auto" and saved <= LEAST_SAVED):
+            parts += [Part(g, (k,), prompt + sizes[k], False) for k in completions]
+        elif chunking != "on" and together <= token_budget:
+            parts.append(Part(g, tuple(completions), together, True))
         else:
-            batches.append([row])
-    return batches
+            rows = best_fit(sizes, token_budget - prompt)
+            if chunking == "off":
+                parts += [Part(g, r, prompt + sum(sizes[k] for k in r), True) for r in rows]
+            else:
+                packing.chunks.append(Chunks(g, tuple(rows)))
+                packing.tokens += together
+    rows = best_fit(dict(enumerate(part.tokens for part in parts)), token_budget)
+    packing.rows = [[parts[i] for i in row] for row in rows]
+    # The largest first: it dies at once if it must.
+    packing.rows.sort(key=lambda row: -sum(part.tokens for part in row))
+    packing.tokens += sum(part.tokens for part in parts)
+    return packing
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Tensors of one micro-batch. Padding stands on the right, where no causal state looks."""
-
-    rows: list[Member]
-    input_ids: Tensor
-    """[B, L]."""
-    predictors: Tensor
-    """[T] rows of the flattened hidden states that predict a completion token."""
-    targets: Tensor
-    """[T]."""
-    mask: Tensor
-    """[T] bool."""
-    cu_seqlens: Tensor
-    """[B+1]."""
-    advantages: Tensor
-    """[B]."""
-    group_ids: Tensor
-    """[B]."""
-    old_logprobs: Tensor | None
-    """[T], like the two below."""
-    ref_logprobs: Tensor | None
-    sampler_logprobs: Tensor | None
-
-    @property
-    def padded_tokens(self) -> int:
-        return self.input_ids.numel()
-
-    def split(self, per_token: Tensor) -> list[Tensor]:
-        """[T] -> one tensor a row."""
-        return list(per_token.split(torch.diff(self.cu_seqlens).tolist()))
+def _teaching(
+    groups: Sequence[Group], config: LossConfig | None, packing: Packing
+) -> dict[int, list[int]]:
+    """The completions that must be forwarded, by group; the others are noted in `packing`."""
+    found: dict[int, list[int]] = {}
+    skips = config is not None and config.skip_zero_advantage and advantage_is_all(config)
+    advantages = [group.advantage_values() if skips else None for group in groups]
+    for member in members(groups):
+        group = groups[member.group]
+        masks = group.completion_masks
+        known = None if config is None or masks is None else masks[member.index]
+        values = advantages[member.group]
+        if not len(group.completion_ids[member.index]) or (known is not None and not any(known)):
+            packing.masked.append(member)
+        elif values is not None and values[member.index] == 0:
+            packing.dead.append(member)
+        else:
+            found.setdefault(member.group, []).append(member.index)
+    return found
 
 
-def collate(groups: Sequence[Group], rows: list[Member], device: torch.device | str) -> Batch:
-    """The tensors of the completions `rows` of `groups`."""
-    longest = max(row.length for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    predictors, targets, masks, offsets = [], [], [], [0]
-    for b, row in enumerate(rows):
-        group = groups[row.group]
-        prompt, completion = list(group.prompt_ids), list(group.completion_ids[row.index])
-        input_ids[b, : row.length] = torch.tensor(prompt + completion)
-        # the state at position i predicts the token at i + 1
-        first = b * longest + len(prompt) - 1
-        predictors.append(torch.arange(first, first + len(completion)))
-        targets.append(torch.tensor(completion, dtype=torch.long))
-        mask = None if group.completion_masks is None else group.completion_masks[row.index]
-        live = torch.ones(len(completion)) if mask is None else torch.as_tensor(mask)
-        masks.append(live.bool())
-        offsets.append(offsets[-1] + len(completion))
-    advantages = {g: groups[g].advantage_values() for g in {row.group for row in rows}}
+def _sizes(group: Group, completions: Sequence[int]) -> dict[int, int]:
+    """Tokens of each completion in a row."""
+    return {k: len(group.completion_ids[k]) - 1 for k in completions}
 
-    def gather(name: str) -> Tensor | None:
-        parts = [getattr(groups[row.group], name) for row in rows]
-        if all(part is None for part in parts):
-            return None
-        if any(part is None for part in parts):
-            raise InputError(
-                f"Group.{name} is given for some groups and not for others: give it for all or none"
+
+def best_fit(sizes: dict[int, int], capacity: int) -> list[tuple[int, ...]]:
+    """Keys in bins of at most `capacity`: the largest first, each into the fullest bin it fits."""
+    bins: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (space left, bin), ascending
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        at = bisect.bisect_left(spaces, (sizes[key], -1))
+        if at == len(spaces):
+            space, chosen = capacity, len(bins)
+            bins.append([])
+        else:
+            space, chosen = spaces.pop(at)
+        bins[chosen].append(key)
+        bisect.insort(spaces, (space - sizes[key], chosen))
+    return [tuple(keys) for keys in bins]
+
+
+def check_budget(groups: Sequence[Group], token_budget: int) -> None:
+    """Raise ConfigError when a sequence is longer than the budget, naming it."""
+    if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
+        raise ConfigError(f"token_budget = {token_budget!r}, expected a positive whole number")
+    for member in members(groups):
+        group = groups[member.group]
+        length = len(group.prompt_ids) + len(group.completion_ids[member.index])
+        if length > token_budget:
+            raise ConfigError(
+                f"token_budget = {token_budget} is below the longest sequence, {length} tokens "
+                f"(group {member.group}, completion {member.index}): raise it, or lower "
+                "max_completion_length"
             )
-        values = [torch.as_tensor(part[row.index]) for part, row in zip(parts, rows, strict=True)]
-        return torch.cat(values).float().to(device)
-
-    return Batch(
-        rows=rows,
-        input_ids=input_ids.to(device),
-        predictors=torch.cat(predictors).to(device),
-        targets=torch.cat(targets).to(device),
-        mask=torch.cat(masks).to(device),
-        cu_seqlens=torch.tensor(offsets, device=device),
-        advantages=torch.tensor([advantages[row.group][row.index] for row in rows], device=device),
-        group_ids=torch.tensor([row.group for row in rows], device=device),
-        old_logprobs=gather("old_logprobs"),
-        ref_logprobs=gather("ref_logprobs"),
-        sampler_logprobs=gather("sampler_logprobs"),
-    )
 
 
-def per_completion(
-    groups: Sequence[Group], batches: list[Batch], values: list[Tensor]
-) -> list[Tensor]:
-    """[T] of each micro-batch -> one tensor a completion, in group order."""
-    found = {
-        (row.group, row.index): part
-        for batch, per_token in zip(batches, values, strict=True)
-        for row, part in zip(batch.rows, batch.split(per_token), strict=True)
-    }
-    return [found[member.group, member.index] for member in members(groups)]
+def padded_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of one padded batch: prompts padded to the longest, completions likewise."""
+    lengths = [len(completion) for group in groups for completion in group.completion_ids]
+    longest = max((len(group.prompt_ids) for group in groups), default=0)
+    return len(lengths) * (longest + max(lengths, default=0))

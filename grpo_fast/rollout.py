@@ -13,7 +13,7 @@ import torch
 from .advantages import group_advantages
 from .config import TrainConfig
 from .generate import generate
-from .packing import Group
+from .groups import Group
 from .prompts import Prompt
 from .rewards import RewardFunction, score
 

@@ -33,6 +33,9 @@ RESUMABLE = {
     "resume",
     "device",
     "impl",
+    "share_prompts",
+    "chunking",
+    "attention",
 }
 
 

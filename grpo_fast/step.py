@@ -1,7 +1,7 @@
-"""Forward and backward of one optimizer step over groups, cut into micro-batches without changing
-the result.
+"""Forward and backward of one optimizer step over groups: packed rows, shared prompts, groups of
+any size, and the same result however the step is cut.
 
-Shapes: `T` completion tokens of a micro-batch, `D` hidden.
+Shapes: `T` tokens of a row, `N` completion tokens in the loss, `D` hidden.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention import using_packed_attention, window_of
+from .collate import Row
+from .config import Chunking, Sharing
+from .errors import InputError
+from .forward import forwarded
+from .groups import Group, Member, members
 from .loss_config import LossConfig
-from .model import head, hidden_states
+from .model import Head, head
 from .ops import LossOutput, linear_grpo_loss, linear_logprob
-from .packing import Batch, Group, collate, micro_batches, per_completion
+from .packing import Packing, pack
+from .self_check import check_once
 
 
 class StepOutput(NamedTuple):
     loss: Tensor
     """0-d, float32, no gradient: it went into the parameters."""
     logprobs: list[Tensor]
-    """One tensor a completion, in group order."""
+    """One tensor a completion, in group order; 0 where masked, NaN for completions that were not
+    forwarded because they teach nothing."""
     entropy: list[Tensor]
     """Likewise, nats."""
     metrics: dict[str, Tensor]
-    """Token-weighted over micro-batches, 0-d on the device."""
+    """Token-weighted over micro-batches, 0-d on the device; `batch/*` and `groups/dead_frac` say
+    what was forwarded."""
 
 
 def grpo_backward(
@@ -33,49 +42,85 @@ def grpo_backward(
     *,
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     token_budget: int = 16384,
+    share_prompts: Sharing = "auto",
+    chunking: Chunking = "auto",
+    attention: str = "auto",
     impl: str = "auto",
 ) -> StepOutput:
-    """`linear_grpo_loss(...).loss.backward()` over all completions of `groups`, in micro-batches of
-    `token_budget`.
+    """`linear_grpo_loss(hidden_states(model, sequences), ...).loss.backward()` over every
+    completion of `groups`.
 
-    Gradients add up in `model.parameters()`. The normaliser is that of all groups together, so that
-    neither the budget nor the order of completions changes the loss beyond rounding.
+    Gradients add up in `model.parameters()`, as `loss.backward()` would add them. The completions
+    lie in packed rows of at most `token_budget` tokens; nothing is padded. With `share_prompts` the
+    tokens of a prompt are forwarded once for its group: `auto` where that saves more than 15 % of
+    the tokens, `on`, `off`. A group that no row can hold is cut, by `chunking`: `auto` forwards its
+    prompt once and its completions row by row, so that memory depends on the budget and not on the
+    group; `on` does so with every group that shares; `off` forwards the prompt again in every row.
+    Completions that teach nothing are not forwarded (advantage 0 where nothing else makes a
+    gradient, or fully masked; `LossConfig.skip_zero_advantage`) and still count in the normaliser,
+    which is that of all groups together. `attention`: a backend of `attention_backends`, `impl`: of
+    the loss.
+
+    model: a causal language model of transformers, or a peft LoRA model around one. Raises
+    InputError for groups that do not fit together, ConfigError for a budget below the longest
+    sequence and for a model whose layers or head do more than is computed here. Sources: 2402.03300
+    (GRPO); the shared prompt is PrefixGrouper's idea (2506.05433), computed without copies.
     """
     device = next(model.parameters()).device
-    batches = [collate(groups, rows, device) for rows in micro_batches(groups, token_budget)]
-    denominators = step_denominators(groups, batches, loss)
+    packing = pack(
+        groups,
+        loss,
+        token_budget,
+        sharing=share_prompts,
+        chunking=chunking,
+        window=window_of(model),
+    )
+    tokens = group_tokens(groups)
+    denominators = step_denominators(groups, tokens, loss)
+    layer = head(model)
     total = torch.zeros((), device=device)
+    rows: list[Row] = []
     outputs: list[LossOutput] = []
-    for batch in batches:
-        output = _micro_batch_loss(model, batch, loss, denominators, impl)
-        output.loss.backward()
-        total += output.loss.detach()
-        outputs.append(output)
+    check_once(model, groups, packing, attention)
+    with using_packed_attention(model):
+        for row, states in forwarded(model, groups, packing, tokens, device, attention):
+            output = _row_loss(states, layer, row, loss, denominators, impl)
+            output.loss.backward()
+            total += output.loss.detach()
+            rows.append(row)
+            outputs.append(output)
+    parts = [output.metrics for output in outputs]
     return StepOutput(
         total,
-        per_completion(groups, batches, [output.logprobs for output in outputs]),
-        per_completion(groups, batches, [output.entropy for output in outputs]),
-        merge_metrics([output.metrics for output in outputs]),
+        per_completion(groups, packing, rows, [output.logprobs for output in outputs], device),
+        per_completion(groups, packing, rows, [output.entropy for output in outputs], device),
+        merge_metrics(parts) | step_metrics(groups, packing, parts, token_budget, device),
     )
 
 
-def _micro_batch_loss(
-    model, batch: Batch, loss: LossConfig, denominators: tuple[float, float], impl: str
+def _row_loss(
+    states: Tensor,
+    layer: Head,
+    row: Row,
+    loss: LossConfig,
+    denominators: tuple[float, float],
+    impl: str,
 ) -> LossOutput:
-    weight, bias = head(model)
-    hidden = hidden_states(model, batch.input_ids)
     return linear_grpo_loss(
-        hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors),
-        weight,
-        batch.targets,
-        batch.advantages,
-        mask=batch.mask,
-        cu_seqlens=batch.cu_seqlens,
-        old_logprobs=batch.old_logprobs,
-        ref_logprobs=batch.ref_logprobs,
-        sampler_logprobs=batch.sampler_logprobs,
-        bias=bias,
-        group_ids=batch.group_ids,
+        states,
+        layer.weight,
+        row.targets,
+        row.advantages,
+        mask=row.mask,
+        cu_seqlens=row.cu_seqlens,
+        old_logprobs=row.old_logprobs,
+        ref_logprobs=row.ref_logprobs,
+        sampler_logprobs=row.sampler_logprobs,
+        bias=layer.bias,
+        softcap=layer.softcap,
+        logit_scale=layer.logit_scale,
+        group_ids=row.group_ids,
+        group_lengths=row.group_lengths,
         denominator=denominators[0],
         entropy_denominator=denominators[1],
         config=loss,
@@ -90,32 +135,65 @@ def group_logprobs(
     *,
     temperature: float = 1.0,
     token_budget: int = 16384,
+    share_prompts: Sharing = "auto",
+    chunking: Chunking = "auto",
+    attention: str = "auto",
     impl: str = "auto",
 ) -> list[Tensor]:
-    """Log-probs of every completion under `model`, one tensor a completion in group order, without
-    gradient."""
+    """`log_softmax(model(sequence).logits / temperature).gather(completion)` of every completion,
+    one float32 tensor each in group order, without gradient.
+
+    Packed, shared and cut like `grpo_backward`, but every completion is forwarded. For the
+    reference policy of a LoRA run call it within `model.disable_adapter()`.
+    """
     device = next(model.parameters()).device
-    weight, bias = head(model)
-    batches = [collate(groups, rows, device) for rows in micro_batches(groups, token_budget)]
-    values = []
-    for batch in batches:
-        hidden = hidden_states(model, batch.input_ids)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.predictors)
-        output = linear_logprob(
-            rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl
-        )
-        values.append(output.logprobs)
-    return per_completion(groups, batches, values)
+    packing = pack(
+        groups,
+        None,
+        token_budget,
+        sharing=share_prompts,
+        chunking=chunking,
+        window=window_of(model),
+    )
+    layer = head(model)
+    rows, values = [], []
+    check_once(model, groups, packing, attention)
+    with using_packed_attention(model):
+        tokens = group_tokens(groups)
+        for row, states in forwarded(model, groups, packing, tokens, device, attention):
+            output = linear_logprob(
+                states,
+                layer.weight,
+                row.targets,
+                bias=layer.bias,
+                softcap=layer.softcap,
+                logit_scale=layer.logit_scale,
+                temperature=temperature,
+                impl=impl,
+            )
+            rows.append(row)
+            values.append(output.logprobs)
+    return per_completion(groups, packing, rows, values, device)
+
+
+def group_tokens(groups: Sequence[Group]) -> list[int]:
+    """Tokens in the loss of each group."""
+    return [
+        sum(map(len, group.completion_ids))
+        if group.completion_masks is None
+        else sum(int(torch.as_tensor(mask).sum()) for mask in group.completion_masks)
+        for group in groups
+    ]
 
 
 def step_denominators(
-    groups: Sequence[Group], batches: list[Batch], loss: LossConfig
+    groups: Sequence[Group], group_tokens: Sequence[int], loss: LossConfig
 ) -> tuple[float, float]:
     """(`denominator`, `entropy_denominator`) of the whole step, as `linear_grpo_loss` means them;
     at least 1."""
     sequences = sum(len(group.completion_ids) for group in groups)
-    tokens = sum(int(batch.mask.sum()) for batch in batches)
-    # The bonus acts on the tokens that each micro-batch's quantile keeps.
+    tokens = sum(group_tokens)
+    # The bonus acts on the tokens that each row's quantile keeps.
     acting = max(tokens * loss.top_entropy_quantile, 1.0)
     kind = loss.adds_up
     if kind == "token_mean":
@@ -123,9 +201,73 @@ def step_denominators(
     if kind == "prompt_mean":
         return max(len(groups), 1), acting
     if kind == "constant":
-        assert loss.max_completion_length is not None
+        if loss.max_completion_length is None:
+            raise InputError(
+                f"loss_type '{loss.loss_type}' divides by max_completion_length: set it in "
+                "LossConfig"
+            )
         return max(sequences * loss.max_completion_length, 1), acting
     return max(sequences, 1), acting
+
+
+def per_completion(
+    groups: Sequence[Group],
+    packing: Packing,
+    rows: Sequence[Row],
+    values: Sequence[Tensor],
+    device: torch.device,
+) -> list[Tensor]:
+    """[N] of each row -> one tensor a completion, in group order."""
+    found: dict[Member, Tensor] = {}
+    for row, per_token in zip(rows, values, strict=True):
+        found.update(row.split(per_token))
+    for left_out, value in ((packing.masked, 0.0), (packing.dead, torch.nan)):
+        for g, k in left_out:
+            length = len(groups[g].completion_ids[k])
+            found[Member(g, k)] = torch.full((length,), value, device=device)
+    return [found[member] for member in members(groups)]
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    packing: Packing,
+    parts: Sequence[dict[str, Tensor]],
+    token_budget: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What was forwarded and what was left out."""
+    forwarded_groups = {part.group for row in packing.rows for part in row}
+    forwarded_groups |= {chunks.group for chunks in packing.chunks}
+    rows = len(packing.rows) + sum(len(chunks.rows) for chunks in packing.chunks)
+    padded, tokens = packing.tokens_padded, max(packing.tokens, 1)
+    full = sum(
+        len(group.prompt_ids) + len(completion)
+        for group in groups
+        for completion in group.completion_ids
+    )
+    dead_tokens = sum(
+        len(groups[g].completion_ids[k])
+        if groups[g].completion_masks is None
+        else int(torch.as_tensor(groups[g].completion_masks[k]).sum())
+        for g, k in packing.dead
+    )
+    known = {
+        "batch/forwarded_tokens_per_step": packing.tokens,
+        "batch/microbatches_per_step": rows,
+        "batch/packing_ratio": padded / tokens if packing.tokens else 1.0,
+        "batch/pad_frac": 1 - full / padded if padded else 0.0,
+        "batch/row_fill_frac": packing.tokens / (rows * token_budget) if rows else 0.0,
+        "batch/dropped_masked": len(packing.masked),
+        "batch/dropped_zero_advantage": len(packing.dead),
+        "groups/dead_frac": 1 - len(forwarded_groups) / len(groups) if groups else 0.0,
+    }
+    values = torch.tensor(list(known.values()), dtype=torch.float32, device=device).unbind()
+    metrics = dict(zip(known, values, strict=True))
+    for name in ("n_tokens", "n_tokens_skipped"):
+        counted = [part[name] for part in parts]
+        start = torch.tensor(float(dead_tokens), device=device)
+        metrics[name] = sum(counted, start)
+    return metrics
 
 
 def merge_metrics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from .config import TrainConfig
 from .console import Progress
 from .entropy_control import bonus_entropy
 from .errors import GrpoFastError
+from .groups import Group
 from .metrics import completion_rows, length_metrics, rollout_metrics, update_metrics
-from .packing import Group
 from .prompts import step_prompts
 from .report import write_report
 from .rollout import ScoredGroup, sample_groups, score_groups, set_advantages, training_groups
@@ -155,7 +155,10 @@ def update(
 ) -> dict[str, float]:
     """`num_iterations` optimizer steps on one rollout."""
     groups = training_groups(scored, config)
-    options = {"token_budget": config.token_budget, "impl": config.impl}
+    options = {
+        name: getattr(config, name)
+        for name in ("token_budget", "share_prompts", "chunking", "attention", "impl")
+    }
     iterations = []
     with watch("update"):
         if parts.reference is not None:

@@ -69,6 +69,14 @@ ALLOWED = {
     "entropy_control": {"aggregation", "loss_config"},
     "kl_reward": LEAVES | {"implementation", "inputs", "objective", "reference"},
     "testing": set(),
+    "groups": {"advantages", "errors"},
+    "packing": {"config", "errors", "groups", "live", "loss_config"},
+    "layout": set(),
+    "collate": {"errors", "groups", "layout", "packing"},
+    "attention_backends": {"errors", "layout"},
+    "attention": {"attention_backends", "errors", "layout"},
+    "forward": {"attention", "collate", "groups", "layout", "model", "packing"},
+    "self_check": {"attention", "errors", "forward", "groups", "model", "packing"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.

@@ -41,7 +41,8 @@ def test_hidden_states_and_head_are_the_whole_model(tmp_path, dtype, tied):
     model = load(tmp_path / "model", dtype)
     check_head(model)
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    weight, bias = head(model)
+    layer = head(model)
+    weight, bias = layer.weight, layer.bias
     logits = torch.nn.functional.linear(hidden_states(model, ids), weight, bias)
     assert weight.dtype == dtype
     assert (weight is model.model.embed_tokens.weight) == tied
@@ -95,7 +96,7 @@ def test_a_mask_needs_no_positions_where_they_are_relative():
     assert torch.allclose(left[0, 2:], alone[0], atol=1e-6)
 
 
-def test_known_options_that_change_logits_are_refused_by_name():
+def test_scale_and_softcap_of_the_logits_are_read_from_the_config():
     from transformers import (
         CohereConfig,
         CohereForCausalLM,
@@ -105,14 +106,19 @@ def test_known_options_that_change_logits_are_refused_by_name():
         GraniteForCausalLM,
     )
 
-    with pytest.raises(ConfigError, match="final_logit_softcapping = 30.0, which the loss"):
-        check_head(Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)))
-    check_head(Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=None)))
-    with pytest.raises(ConfigError, match="logits_scaling = 8.0"):
-        check_head(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)))
-    check_head(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=1.0)))
-    with pytest.raises(ConfigError, match="logit_scale = 0.0625"):
-        check_head(CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)))
+    models = {
+        (1.0, 30.0): Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)),
+        (0.125, None): GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)),
+        (0.0625, None): CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)),
+    }
+    for expected, model in models.items():
+        found = head(model)
+        assert (found.logit_scale, found.softcap) == expected
+        check_head(model)
+    scaled = models[0.0625, None]
+    scaled.logit_scale = 0.5
+    with pytest.raises(ConfigError, match="scaled and softcapped as its config says"):
+        check_head(scaled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

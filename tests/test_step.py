@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 import torch
 
-from grpo_fast import LossConfig, reference
-from grpo_fast.packing import Group
+from grpo_fast import ConfigError, LossConfig, reference
+from grpo_fast.groups import Group
 from grpo_fast.step import group_logprobs, grpo_backward
 from grpo_fast.tiny import tiny_model
 
@@ -145,5 +145,128 @@ def test_metrics_are_token_weighted_over_micro_batches(model):
     whole = grpo_backward(model, groups, loss=config, token_budget=1000).metrics
     parts = grpo_backward(model, groups, loss=config, token_budget=12).metrics
     assert set(whole) == set(parts)
-    for name in whole:
+    cut = {name for name in whole if name.startswith("batch/")}
+    assert float(parts["batch/microbatches_per_step"]) > 1
+    for name in whole.keys() - cut:
         assert float(parts[name]) == pytest.approx(float(whole[name]), rel=1e-5), name
+
+
+@pytest.mark.parametrize("options", [{"share_prompts": "off"}, {"chunking": "on"}, {}])
+def test_changing_one_completion_moves_no_bit_of_another(options):
+    torch.manual_seed(0)
+    model = tiny_model().eval()
+    groups = make_groups()
+    options = {"share_prompts": "on", "token_budget": 64} | options
+    before = group_logprobs(model, groups, **options)
+    ids = [list(completion) for completion in groups[0].completion_ids]
+    ids[0] = [(token + 1) % VOCABULARY for token in ids[0]]
+    moved = [dataclasses.replace(groups[0], completion_ids=ids), *groups[1:]]
+    after = group_logprobs(model, moved, **options)
+    assert not torch.equal(before[0], after[0])
+    for one, other in zip(before[1:], after[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{"share_prompts": "off"}, {"chunking": "on"}, {}])
+def test_order_of_groups_and_completions_does_not_matter(model, options):
+    options = {"share_prompts": "on", "token_budget": 30} | options
+    groups = make_groups()
+    grpo_backward(model, groups, **options)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    turned = [
+        dataclasses.replace(
+            group,
+            completion_ids=group.completion_ids[::-1],
+            advantages=group.advantages.flip(0),
+            completion_masks=group.completion_masks[::-1],
+        )
+        for group in groups[::-1]
+    ]
+    grpo_backward(model, turned, **options)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+def test_a_step_that_teaches_nothing_forwards_nothing(model):
+    groups = [dataclasses.replace(g, advantages=0 * g.advantages) for g in make_groups()]
+    output = grpo_backward(model, groups)
+    assert float(output.loss) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(part.isnan().all() for part in output.logprobs)
+    assert float(output.metrics["groups/dead_frac"]) == 1
+    assert float(output.metrics["batch/forwarded_tokens_per_step"]) == 0
+    assert output.metrics["n_tokens"] == output.metrics["n_tokens_skipped"]
+    assert "entropy" not in output.metrics
+
+
+def test_dead_groups_stay_in_the_normaliser(model):
+    live, dead = make_groups()[0], make_groups()[1]
+    dead = dataclasses.replace(dead, advantages=0 * dead.advantages)
+    for options in ({}, {"skip_zero_advantage": False}):
+        model.zero_grad()
+        output = grpo_backward(model, [live, dead], loss=LossConfig(**options))
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        if not options:
+            first, tokens = found, output.metrics["batch/forwarded_tokens_per_step"]
+            assert float(output.metrics["groups/dead_frac"]) == 0.5
+    assert float(output.metrics["batch/forwarded_tokens_per_step"]) > float(tokens)
+    for name, truth in found.items():
+        assert (first[name] - truth).norm() <= 1e-6 * truth.norm(), name
+
+
+def test_c2_a_completion_of_one_token_needs_no_row_of_its_own(model):
+    group = Group(prompt_ids=[5, 6, 7], completion_ids=[[4], [9], [3]], rewards=[1.0, 0.0, 0.0])
+    for options in ({}, {"chunking": "on"}):
+        found = group_logprobs(model, [group], share_prompts="on", **options)
+        for k, part in enumerate(found):
+            want = loop_logprobs(model, group, k)[1]
+            assert torch.allclose(part.double(), want, atol=1e-6)
+        output = grpo_backward(model, [group], share_prompts="on", **options)
+        assert float(output.metrics["batch/forwarded_tokens_per_step"]) == 3
+
+
+def test_c5_a_backend_that_ignores_the_segments_is_found(model, monkeypatch):
+    from grpo_fast.attention_backends import CPUFlash
+    from grpo_fast.layout import Spans
+
+    forward = CPUFlash.forward
+
+    def leaking(self, q, k, v, spans, scoring):
+        whole = Spans.of([q.shape[1]], [k.shape[1]], q.device)
+        return forward(self, q, k, v, whole, scoring)
+
+    monkeypatch.setattr(CPUFlash, "forward", leaking)
+    with pytest.raises(ConfigError, match="attention 'auto'.* other hidden states"):
+        grpo_backward(model, make_groups(), share_prompts="off")
+
+
+def test_layers_that_mix_tokens_themselves_are_refused(model):
+    layer = model.model.layers[0].self_attn
+    forward = layer.forward
+
+    def own(*args, grpo_layout=None, **kwargs):
+        if grpo_layout is None:
+            return forward(*args, **kwargs)
+        hidden = kwargs["hidden_states"]
+        return hidden.cumsum(1), None
+
+    layer.forward = own
+    with pytest.raises(ConfigError, match="1 of the 2 layers of Qwen3ForCausalLM"):
+        grpo_backward(model, make_groups())
+
+
+def test_attention_dropout_is_refused():
+    model = tiny_model(attention_dropout=0.1).train()
+    with pytest.raises(ConfigError, match="drops attention weights"):
+        grpo_backward(model, make_groups())
+
+
+def test_the_attention_of_the_model_is_put_back(model):
+    before = model.config._attn_implementation
+    grpo_backward(model, make_groups())
+    assert model.config._attn_implementation == before
+    with pytest.raises(ConfigError):
+        grpo_backward(model, make_groups(), attention="flash")
+    assert model.config._attn_implementation == before

@@ -1,0 +1,180 @@
+"""The tensors of one packed row: what the model reads, and what the loss reads.
+
+Shapes: `T` tokens of the row, `N` completion tokens in the loss, `S` completions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .groups import Group, Member
+from .layout import Layout, PromptLeaves, chunk_layout, row_layout
+from .packing import Part
+
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed row. There is no padding in it."""
+
+    members: list[Member]
+    """The S completions, in the order of the loss."""
+    input_ids: Tensor
+    """[1, T]."""
+    position_ids: Tensor
+    """[1, T], from 0 in every prompt; a completion goes on where its prompt ends."""
+    layout: Layout
+    predictors: Tensor
+    """[N]: which state predicts each completion token; T is the last state of a prompt that another
+    row has forwarded."""
+    targets: Tensor
+    """[N]."""
+    mask: Tensor
+    """[N] bool."""
+    cu_seqlens: Tensor
+    """[S+1]."""
+    advantages: Tensor
+    """[S]."""
+    group_ids: Tensor
+    """[S]."""
+    group_lengths: Tensor
+    """[S] tokens in the loss of each one's whole group."""
+    old_logprobs: Tensor | None
+    """[N], like the two below."""
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+
+    def split(self, per_token: Tensor) -> Iterator[tuple[Member, Tensor]]:
+        """[N] -> each completion's own."""
+        lengths = torch.diff(self.cu_seqlens).tolist()
+        return zip(self.members, per_token.split(lengths), strict=True)
+
+
+class _Builder:
+    """Tokens of a row in the order in which they are laid."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self.groups = groups
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.predictors: list[Tensor] = []
+        self.members: list[Member] = []
+        self.at = 0
+
+    def lay(self, ids: Sequence[int], position: int) -> int:
+        """Put tokens down, the first at `position` of its sequence: where they begin in the row."""
+        begin = self.at
+        self.ids.append(torch.as_tensor(ids, dtype=torch.long))
+        self.positions.append(torch.arange(position, position + len(ids)))
+        self.at += len(ids)
+        return begin
+
+    def completion(self, g: int, k: int, first: int, begin: int) -> None:
+        """Note one: state `first` predicts its first token, those from `begin` the others."""
+        count = len(self.groups[g].completion_ids[k])
+        self.predictors.append(torch.tensor([first]))
+        self.predictors.append(torch.arange(begin, begin + count - 1))
+        self.members.append(Member(g, k))
+
+    def row(self, layout: Layout, group_lengths: Sequence[int], device: torch.device) -> Row:
+        groups, rows = self.groups, self.members
+        targets = [torch.as_tensor(groups[g].completion_ids[k]) for g, k in rows]
+        masks = []
+        for (g, k), ids in zip(rows, targets, strict=True):
+            known = groups[g].completion_masks
+            live = torch.ones(len(ids)) if known is None else torch.as_tensor(known[k])
+            masks.append(live.bool())
+        values = {g: groups[g].advantage_values() for g in {g for g, _ in rows}}
+        none = torch.zeros(0, dtype=torch.long)
+        lengths = torch.tensor([0, *(len(ids) for ids in targets)])
+        return Row(
+            members=rows,
+            input_ids=torch.cat([none, *self.ids])[None].to(device),
+            position_ids=torch.cat([none, *self.positions])[None].to(device),
+            layout=layout,
+            predictors=torch.cat(self.predictors).to(device),
+            targets=torch.cat(targets).to(device, torch.long),
+            mask=torch.cat(masks).to(device),
+            cu_seqlens=lengths.cumsum(0).to(device),
+            advantages=torch.tensor([values[g][k] for g, k in rows], device=device),
+            group_ids=torch.tensor([g for g, _ in rows], device=device),
+            group_lengths=torch.tensor([group_lengths[g] for g, _ in rows], device=device),
+            **{name: _gathered(groups, rows, name, device) for name in PER_TOKEN},
+        )
+
+
+def _gathered(
+    groups: Sequence[Group], rows: Sequence[Member], name: str, device: torch.device
+) -> Tensor | None:
+    if all(getattr(group, name) is None for group in groups):
+        return None
+    parts = [getattr(groups[g], name) for g, _ in rows]
+    if any(part is None for part in parts):
+        raise InputError(
+            f"Group.{name} is given for some groups and not for others: give it for all or none"
+        )
+    values = [torch.as_tensor(part[k]) for part, (_, k) in zip(parts, rows, strict=True)]
+    return torch.cat(values).float().to(device)
+
+
+def collate(
+    groups: Sequence[Group],
+    parts: Sequence[Part],
+    group_lengths: Sequence[int],
+    device: torch.device,
+    backend: str = "auto",
+) -> Row:
+    """The row of `parts`; prompts before the completions that share them."""
+    build = _Builder(groups)
+    lone, prompts, lengths = [], [], []
+    shared = [part for part in parts if part.shared]
+    for part in parts:
+        if not part.shared:
+            group, k = groups[part.group], part.completions[0]
+            prompt, completion = group.prompt_ids, group.completion_ids[k]
+            begin = build.lay([*prompt, *completion[:-1]], 0)
+            build.completion(part.group, k, begin + len(prompt) - 1, begin + len(prompt))
+            lone.append(build.at - begin)
+    lasts = []
+    for part in shared:
+        build.lay(groups[part.group].prompt_ids, 0)
+        prompts.append(len(groups[part.group].prompt_ids))
+        lasts.append(build.at - 1)
+    for part, last in zip(shared, lasts, strict=True):
+        lengths.append(_completions(build, part.group, part.completions, last))
+    layout = row_layout(lone, prompts, lengths, device, backend)
+    return build.row(layout, group_lengths, device)
+
+
+def collate_chunk(
+    groups: Sequence[Group],
+    group: int,
+    completions: Sequence[int],
+    leaves: PromptLeaves,
+    group_lengths: Sequence[int],
+    device: torch.device,
+    backend: str = "auto",
+) -> Row:
+    """The row of some completions of one group, whose prompt lies in `leaves`."""
+    build = _Builder(groups)
+    total = sum(len(groups[group].completion_ids[k]) - 1 for k in completions)
+    lengths = _completions(build, group, completions, total)
+    prompt = len(groups[group].prompt_ids)
+    layout = chunk_layout(lengths, leaves, prompt, device, backend)
+    return build.row(layout, group_lengths, device)
+
+
+def _completions(build: _Builder, g: int, completions: Sequence[int], last: int) -> list[int]:
+    """Lay completions of a group whose last prompt state is `last`; their lengths in the row."""
+    lengths = []
+    prompt = len(build.groups[g].prompt_ids)
+    for k in completions:
+        ids = build.groups[g].completion_ids[k][:-1]
+        begin = build.lay(ids, prompt)
+        build.completion(g, k, last, begin)
+        lengths.append(len(ids))
+    return lengths

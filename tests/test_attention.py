@@ -1,0 +1,196 @@
+"""Packed and shared-prompt attention: every backend against one softmax over a dense mask, in value
+and gradient; and what must not be merged."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_fast import ConfigError
+from grpo_fast.attention import MergedAttention
+from grpo_fast.attention_backends import (
+    BACKENDS,
+    CPUFlash,
+    Needs,
+    Scoring,
+    Tiles,
+    pick_backend,
+)
+from grpo_fast.layout import Leaf, PromptLeaves, chunk_layout, row_layout
+
+CPU = torch.device("cpu")
+HQ, HK, D = 4, 2, 8
+# Lone sequences, prompts, completions of each; a prompt whose completions are empty, too.
+ROW = ((3, 5), (4, 2, 3), ((2, 6, 1), (0, 0), (5, 0, 3)))
+BACKEND = {"cpu_flash": CPUFlash(), "tiles": Tiles()}
+
+
+def visible(lone, prompts, completions, window=None) -> torch.Tensor:
+    """[T, T] bool: the definition, token by token."""
+    where = []  # (segment, parent segment, position in its sequence)
+    for k, length in enumerate(lone):
+        where += [(("lone", k), None, i) for i in range(length)]
+    for g, length in enumerate(prompts):
+        where += [(("prompt", g), None, i) for i in range(length)]
+    for g, lengths in enumerate(completions):
+        for k, length in enumerate(lengths):
+            where += [((g, k), ("prompt", g), prompts[g] + i) for i in range(length)]
+    seen = torch.zeros(len(where), len(where), dtype=torch.bool)
+    for q, (segment, parent, at) in enumerate(where):
+        for k, (other, _, key_at) in enumerate(where):
+            near = window is None or at - key_at < window
+            seen[q, k] = near and ((other == segment and key_at <= at) or other == parent)
+    return seen
+
+
+def dense(q, k, v, seen, scale, softcap=None):
+    """One softmax over everything that is seen."""
+    k, v = (x.repeat_interleave(HQ // HK, 0) for x in (k, v))
+    scores = scale * q @ k.transpose(-1, -2)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+def qkv(tokens: int, dtype=torch.float64, seed=0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(heads, tokens, D, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for heads in (HQ, HK, HK)
+    ]
+
+
+def close(found, expected, tolerance):
+    # At least 1: with a window of one token the gradient of the queries is exactly 0.
+    found, expected = found.detach().double(), expected.detach().double()
+    assert (found - expected).norm() <= tolerance * max(expected.norm(), 1.0)
+
+
+@pytest.mark.parametrize("name", BACKEND)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_a_shared_row_is_one_softmax_over_what_each_token_sees(name, dtype, tolerance):
+    layout = row_layout(*ROW, CPU)
+    seen = visible(*ROW)
+    inputs = qkv(len(seen), dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    scoring = Scoring(scale=0.3, causal=True)
+    out = MergedAttention.apply(*inputs, layout, None, BACKEND[name], scoring)
+    expected = dense(*exact, seen, 0.3)
+    above = torch.randn_like(expected)
+    close(out, expected, tolerance)
+    found = torch.autograd.grad(out, inputs, above.to(dtype))
+    for mine, theirs in zip(found, torch.autograd.grad(expected, exact, above), strict=True):
+        close(mine, theirs, tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_tiles_know_softcap_and_window(softcap, window, monkeypatch):
+    monkeypatch.setattr("grpo_fast.attention_backends.TILE", 4)
+    lone = (9, 1, 13)
+    layout = row_layout(lone, (), (), CPU)
+    seen = visible(lone, (), (), window)
+    inputs = qkv(sum(lone))
+    scoring = Scoring(scale=1.3, causal=True, softcap=softcap, window=window)
+    out = MergedAttention.apply(*inputs, layout, None, Tiles(), scoring)
+    expected = dense(*inputs, seen, 1.3, softcap)
+    close(out, expected, 1e-12)
+    above = torch.randn_like(expected)
+    found = torch.autograd.grad(out, inputs, above)
+    for mine, theirs in zip(found, torch.autograd.grad(expected, inputs, above), strict=True):
+        close(mine, theirs, 1e-12)
+
+
+def test_softcap_reaches_the_prompt():
+    layout = row_layout(*ROW, CPU)
+    inputs = qkv(len(visible(*ROW)))
+    scoring = Scoring(scale=1.3, causal=True, softcap=2.0)
+    out = MergedAttention.apply(*inputs, layout, None, Tiles(), scoring)
+    expected = dense(*inputs, visible(*ROW), 1.3, 2.0)
+    above = torch.randn_like(expected)
+    close(out, expected, 1e-12)
+    found = torch.autograd.grad(out, inputs, above)
+    for mine, theirs in zip(found, torch.autograd.grad(expected, inputs, above), strict=True):
+        close(mine, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("name", BACKEND)
+def test_chunks_leave_in_the_leaves_what_one_row_gives_the_prompt(name):
+    prompt, lengths = 5, (4, 0, 3, 6)
+    tokens = prompt + sum(lengths)
+    inputs = qkv(tokens)
+    expected = dense(*inputs, visible((), (prompt,), (lengths,)), 0.4)
+    above = torch.randn_like(expected)
+    above[:, :prompt] = 0  # only completions are asked
+    truth = torch.autograd.grad(expected, inputs, above)
+    q, k, v = (x.detach() for x in inputs)
+    leaf = Leaf(k[:, :prompt], v[:, :prompt])
+    scoring = Scoring(scale=0.4, causal=True)
+    at = prompt
+    for chunk in (lengths[:2], lengths[2:]):
+        rows = slice(at, at + sum(chunk))
+        at = rows.stop
+        part = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
+        layout = chunk_layout(chunk, PromptLeaves(), prompt, CPU)
+        out = MergedAttention.apply(*part, layout, leaf, BACKEND[name], scoring)
+        close(out, expected[:, rows], 1e-12)
+        for mine, theirs in zip(torch.autograd.grad(out, part, above[:, rows]), truth, strict=True):
+            close(mine, theirs[:, rows], 1e-12)
+    close(leaf.key_grad, truth[1][:, :prompt], 1e-12)
+    close(leaf.value_grad, truth[2][:, :prompt], 1e-12)
+
+
+def test_merging_through_autograd_would_be_wrong():
+    """The negative control: the same output, and gradients far off, because flash calls drop the
+    gradient of their log-sum-exp."""
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, spans, scoring):
+            out, lse = CPUFlash().forward(q, k, v, spans, scoring)
+            ctx.save_for_backward(q, k, v, out, lse)
+            ctx.spans, ctx.scoring = spans, scoring
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            return (
+                *CPUFlash().backward(grad, *ctx.saved_tensors, ctx.spans, ctx.scoring),
+                None,
+                None,
+            )
+
+    layout = row_layout((), (6,), ((8, 7),), CPU)
+    inputs = qkv(21)
+    q, k, v = inputs
+    rows, prompts = layout.completions, layout.prompts
+    near, near_lse = Flash.apply(q, k, v, layout.own, Scoring(0.7, True))
+    far, far_lse = Flash.apply(
+        q[:, rows], k[:, prompts], v[:, prompts], layout.shared, Scoring(0.7, False)
+    )
+    total = torch.logaddexp(near_lse[:, rows], far_lse)
+    mixed = near[:, rows] * (near_lse[:, rows] - total).exp()[..., None]
+    mixed = mixed + far * (far_lse - total).exp()[..., None]
+    naive = torch.cat([near[:, prompts], mixed], 1)
+    expected = dense(*inputs, visible((), (6,), ((8, 7),)), 0.7)
+    close(naive, expected, 1e-12)
+    above = torch.randn_like(expected)
+    found = torch.autograd.grad(naive, inputs, above)
+    exact = torch.autograd.grad(expected, inputs, above)
+    for mine, theirs in zip(found[:2], exact[:2], strict=True):
+        assert (mine - theirs).norm() > 0.05 * theirs.norm()
+
+
+def test_the_first_backend_that_can_is_picked():
+    flash = Needs("cuda", torch.bfloat16, 64)
+    assert type(pick_backend("auto", flash)).__name__ == "CUDAFlash"
+    assert type(pick_backend("auto", Needs("cuda", torch.float32, 64))).__name__ == "Tiles"
+    assert type(pick_backend("auto", Needs("cpu", torch.float32, 64))).__name__ == "CPUFlash"
+    capped = Needs("cpu", torch.float32, 64, softcap=True)
+    assert type(pick_backend("auto", capped)).__name__ == "Tiles"
+    with pytest.raises(ConfigError, match="'cpu_flash' cannot serve this model: it has no softcap"):
+        pick_backend("cpu_flash", capped)
+    with pytest.raises(ConfigError, match="attention = 'flsh' is not available: did you mean"):
+        pick_backend("flsh", flash)
+    assert set(BACKENDS) == {"flash", "cpu_flash", "tiles"}

@@ -1,0 +1,253 @@
+"""A packed step of every model family is a loop over its sequences: loss, log-probs and the
+gradient of every parameter."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from grpo_fast import ConfigError, LossConfig, reference
+from grpo_fast.groups import Group
+from grpo_fast.model import check_head, head
+from grpo_fast.step import group_logprobs, grpo_backward
+
+# Each family has what sets it apart: grouped heads, biases, query norms, softcaps, windows, scaled
+# embeddings, layers without positions, tied and untied heads.
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+# (class, what differs from SMALL)
+FAMILIES = {
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "llama": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral_window": ("Mistral", {"sliding_window": 6}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}),
+    "gemma2_window": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}),
+    "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}),
+    "gemma3_window": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "olmo2": ("Olmo2", {}),
+}
+WINDOWS = ("mistral_window", "gemma2_window", "gemma3_window")
+
+
+def family_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+    """A model of FAMILIES in evaluation mode."""
+    import transformers
+
+    kind, options = FAMILIES[name]
+    suffix = "TextConfig" if kind == "Gemma3" else "Config"
+    config = getattr(transformers, kind + suffix)(**SMALL | options)
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+
+
+# Rotary embeddings are made in float32 whatever the model is, hence not 1e-12.
+TOLERANCE = 1e-6
+CONFIG = LossConfig(loss_type="dapo", beta=0.1)
+
+
+def ragged_groups(seed: int = 0, vocabulary: int = 60) -> list[Group]:
+    """Long prompts, so that sharing pays; a completion of one token; one masked in part."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    made = []
+    for prompt, lengths in [(9, (3, 1, 7, 4)), (5, (2, 6)), (4, (3,))]:
+        completions = [ids(length) for length in lengths]
+        masks = [[1] * length for length in lengths]
+        masks[-1][0] = 0
+        made.append(
+            Group(
+                prompt_ids=ids(prompt),
+                completion_ids=completions,
+                advantages=torch.randn(len(lengths), generator=generator),
+                old_logprobs=[torch.randn(n, generator=generator) * 0.1 - 4 for n in lengths],
+                ref_logprobs=[torch.randn(n, generator=generator) * 0.1 - 4 for n in lengths],
+                completion_masks=masks,
+            )
+        )
+    return made
+
+
+def loop(model, groups: list[Group], config: LossConfig) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The definition: (loss, log-probs), each sequence by itself through the whole model."""
+    logits, parts = [], []
+    for group in groups:
+        for k, completion in enumerate(group.completion_ids):
+            ids = torch.tensor([[*group.prompt_ids, *completion]])
+            logits.append(model(ids).logits[0, len(group.prompt_ids) - 1 : -1])
+            parts.append((group, k))
+
+    def cat(name):
+        return torch.cat([torch.as_tensor(getattr(group, name)[k]) for group, k in parts])
+
+    targets = cat("completion_ids")
+    lengths = [len(rows) for rows in logits]
+    per_token = [torch.full((len(group.completion_ids[k]),), float(group.advantages[k]))
+                 for group, k in parts]  # fmt: skip
+    out = reference.grpo_loss(
+        torch.cat(logits),
+        targets,
+        torch.cat(per_token).double(),
+        mask=cat("completion_masks").bool(),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        old_logp=cat("old_logprobs").double(),
+        ref_logp=cat("ref_logprobs").double(),
+        config=config,
+    )
+    logps = reference.token_logprob(torch.cat(logits), targets).logp.detach()
+    return out.loss.sum(), list(logps.split(lengths))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
+    assert found.keys() == expected.keys()
+    for name, truth in expected.items():
+        error = (found[name] - truth).norm()
+        assert error <= tolerance * truth.norm(), f"{name}: {error / truth.norm():.1e}"
+
+
+LAYOUTS = {
+    "packed": {"share_prompts": "off", "token_budget": 40},
+    "one row": {"share_prompts": "on", "token_budget": 1000},
+    "rows": {"share_prompts": "on", "token_budget": 20},
+    "chunks": {"share_prompts": "on", "chunking": "on", "token_budget": 17},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_step_is_a_loop_over_sequences(family, layout):
+    model, groups = family_model(family), ragged_groups()
+    loss, logps = loop(model, groups, CONFIG)
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    output = grpo_backward(model, groups, loss=CONFIG, **layout)
+    assert float(output.loss) == pytest.approx(float(loss.detach()), rel=TOLERANCE)
+    assert_same_gradients(gradients(model), expected)
+    masks = [torch.tensor(mask) for group in groups for mask in group.completion_masks]
+    for found, truth, mask in zip(output.logprobs, logps, masks, strict=True):
+        assert torch.allclose(found.double(), truth * mask, atol=1e-5)
+    for found, truth in zip(group_logprobs(model, groups, **layout), logps, strict=True):
+        assert torch.allclose(found.double(), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_a_window_shorter_than_a_sequence_shares_no_prompt(family):
+    model, groups = family_model(family), ragged_groups()
+    output = grpo_backward(model, groups, share_prompts="on")
+    alone = sum(
+        len(group.prompt_ids) + len(completion) - 1
+        for group in groups
+        for completion in group.completion_ids
+    )
+    assert float(output.metrics["batch/forwarded_tokens_per_step"]) == alone
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
+def test_scaled_and_capped_heads_are_read_from_the_config(family):
+    model = family_model(family, torch.float32)
+    check_head(model)
+    assert head(model).softcap == (30.0 if family == "gemma2" else None)
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        init_lora_weights=False,
+        **{"target_modules": ["q_proj", "v_proj", "down_proj"], **options},
+    )
+    return peft.get_peft_model(model, config).double().eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
+def test_lora_adapters_get_their_gradients_and_nothing_else_does(family, layout):
+    model, groups = lora(family_model(family)), ragged_groups()
+    loss, _ = loop(model, groups, CONFIG)
+    loss.backward()
+    expected = gradients(model)
+    assert all("lora" in name for name in expected)
+    model.zero_grad()
+    output = grpo_backward(model, groups, loss=CONFIG, **layout)
+    assert float(output.loss) == pytest.approx(float(loss.detach()), rel=TOLERANCE)
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_the_reference_of_a_lora_run_is_the_model_without_adapters():
+    model, groups = lora(family_model("qwen2")), ragged_groups()
+    with model.disable_adapter():
+        found = group_logprobs(model, groups, share_prompts="on")
+    _, plain = loop(family_model("qwen2"), groups, CONFIG)
+    for mine, truth in zip(found, plain, strict=True):
+        assert torch.allclose(mine.double(), truth, atol=1e-5)
+
+
+def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_trained():
+    adapted = lora(family_model("llama"), target_modules=["lm_head", "q_proj"])
+    with pytest.raises(ConfigError, match="output head of .* has a peft adapter"):
+        grpo_backward(adapted, ragged_groups())
+    whole = lora(family_model("llama"), modules_to_save=["lm_head"])
+    groups = ragged_groups()
+    loop(whole, groups, CONFIG)[0].backward()
+    expected = gradients(whole)
+    assert any("lm_head" in name for name in expected)
+    whole.zero_grad()
+    grpo_backward(whole, groups, loss=CONFIG)
+    assert_same_gradients(gradients(whole), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "gspo"])
+def test_every_normaliser_is_that_of_the_step(loss_type, layout):
+    config = LossConfig(loss_type=loss_type, beta=0.05, max_completion_length=8)
+    model, groups = family_model("qwen3"), ragged_groups()
+    loss, _ = loop(model, groups, config)
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    output = grpo_backward(model, groups, loss=config, **layout)
+    assert float(output.loss) == pytest.approx(float(loss.detach()), rel=TOLERANCE)
+    assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_prompt_mean_counts_the_tokens_of_a_group_that_is_cut(layout):
+    config = LossConfig(aggregation="prompt_mean", beta=0.05)
+    model, groups = family_model("qwen3"), ragged_groups()
+    grpo_backward(model, groups, loss=config, share_prompts="off")
+    expected = gradients(model)
+    model.zero_grad()
+    means = []
+    for group in groups:  # the definition: the mean of the groups' own token means
+        part = LossConfig(beta=0.05)
+        grouped = dataclasses.replace(group)
+        means.append(loop(model, [grouped], part)[0])
+    (sum(means) / len(means)).backward()
+    assert_same_gradients(gradients(model), expected)
+    model.zero_grad()
+    grpo_backward(model, groups, loss=config, **layout)
+    assert_same_gradients(gradients(model), expected)
