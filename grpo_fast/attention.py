@@ -42,6 +42,11 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return MergedAttention._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         layout, leaf, backend = ctx.layout, ctx.leaf, ctx.backend
         dq, dk, dv = backend.backward(grad, q, k, v, out, lse, layout.own, ctx.own)
@@ -134,9 +139,10 @@ def packed_attention(
         layout.capture.layers[module] = Leaf(k, v)
     layout.layers += 1
     leaf = None if layout.leaves is None else layout.leaves.layers[module]
-    out = MergedAttention.apply(
-        q, k, v, layout, leaf, backend, Scoring(scale, True, softcap, window)
-    )
+    scoring = Scoring(scale, True, softcap, window)
+    # The cast is done: a backend computes in the dtypes that it is given, both ways.
+    with torch.autocast(kind, enabled=False):
+        out = MergedAttention.apply(q, k, v, layout, leaf, backend, scoring)
     return out.transpose(0, 1)[None], None
 
 

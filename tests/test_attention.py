@@ -2,12 +2,13 @@
 and gradient; and what must not be merged."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grpo_fast import ConfigError
-from grpo_fast.attention import MergedAttention
+from grpo_fast.attention import MergedAttention, packed_attention
 from grpo_fast.attention_backends import (
     BACKENDS,
     CPUFlash,
@@ -194,3 +195,25 @@ def test_the_first_backend_that_can_is_picked():
     with pytest.raises(ConfigError, match="attention = 'flsh' is not available: did you mean"):
         pick_backend("flsh", flash)
     assert set(BACKENDS) == {"flash", "cpu_flash", "tiles"}
+
+
+def test_autocast_around_a_call_is_the_call_on_cast_inputs():
+    wide = qkv(len(visible(*ROW)), torch.float32)
+    half = [x.detach().bfloat16().requires_grad_() for x in wide]
+
+    def call(inputs):
+        out, _ = packed_attention(
+            SimpleNamespace(is_causal=True),
+            *(x[None] for x in inputs),
+            None,
+            softcap=2.0,
+            grpo_layout=row_layout(*ROW, CPU),
+        )
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    expected = call(half)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(wide)
+    assert found[0].dtype == torch.bfloat16
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.float(), other.float())
