@@ -72,6 +72,11 @@ def test_commands_run_in_the_order_of_the_readme(desk):
     assert (desk / "runs/mine/report.html").is_file()
 
 
+def test_the_step_of_an_own_loop_runs(desk):
+    (code,) = [block for block in blocks("python") if "grpo_backward" in block]
+    assert "tensor(" in run([sys.executable, "-c", code], desk)
+
+
 @pytest.mark.parametrize("code", [b for b in blocks("python") if "import torch" in b])
 def test_snippets_run(code):
     scope: dict = {}
