@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attention_backends import Backend, Needs, Scoring, pick_backend
 from .errors import ConfigError, InputError
-from .layout import Layout, Leaf
+from .layout import Layout, Leaf, PromptLeaves
 
 NAME = "grpo_fast"
 
@@ -54,11 +54,9 @@ class MergedAttention(torch.autograd.Function):
             return dq, dk, dv, None, None, None, None
         rows = layout.completions
         keys, values = _shared_keys(layout, leaf, k, v)
-        few = (x[:, rows] for x in (grad, q))
-        few_out, few_lse = out[:, rows], lse[:, rows]
-        grad_rows, q_rows = few
+        grad, q, out, lse = (x[:, rows] for x in (grad, q, out, lse))
         dq_far, dk_far, dv_far = backend.backward(
-            grad_rows, q_rows, keys, values, few_out, few_lse, layout.shared, _dense(ctx.own)
+            grad, q, keys, values, out, lse, layout.shared, _dense(ctx.own)
         )
         dq = _added(dq, dq_far, rows)
         if leaf is None:
@@ -126,16 +124,17 @@ def packed_attention(
     window = None
     if sliding_window is not None and sliding_window < layout.longest:
         window = sliding_window
-        if layout.shared is not None:
+        if sliding_window < layout.longest_shared:
             raise InputError(
                 f"a layer of {type(module).__name__} sees the last {sliding_window} tokens only, "
-                f"and a sequence that shares its prompt has {layout.longest}: use "
+                f"and a sequence that shares its prompt has {layout.longest_shared}: use "
                 "share_prompts='off'"
             )
-    needs = Needs(kind, dtype, q.shape[-1], softcap is not None, window)
+    needs = Needs(kind, dtype, q.shape[-1], v.shape[-1], softcap is not None, window)
     backend = pick_backend(layout.backend, needs)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if layout.capture is not None and module not in layout.capture.layers:
+        _check_graph(module, layout.capture)
         layout.capture.layers[module] = Leaf(k, v)
     layout.layers += 1
     leaf = None if layout.leaves is None else layout.leaves.layers[module]
@@ -170,6 +169,15 @@ def _checked(module, layout, attention_mask, dropout, s_aux, position_bias) -> L
             "of one policy; call model.eval(), or set attention_dropout to 0"
         )
     return layout
+
+
+def _check_graph(module, leaves: PromptLeaves) -> None:
+    if leaves.trained and not torch.is_grad_enabled():
+        raise ConfigError(
+            f"{type(module).__name__} is recomputed by reentrant checkpointing, which keeps no "
+            "graph that the gradient of a prompt could go through: call "
+            "model.gradient_checkpointing_enable({'use_reentrant': False}), or chunking='off'"
+        )
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from .layout import Spans
 
 log = logging.getLogger("grpo_fast")
 aten = torch.ops.aten
+# At 1 the CUDA kernel would take every segment for a step of decoding, of exactly one query.
+LEAST_QUERIES = 2
 # Query rows of one tile of scores of `tiles`.
 TILE = 256
 
@@ -193,7 +195,7 @@ class CUDAFlash:
             *(x.transpose(0, 1) for x in (q, k, v)),
             spans.cu_queries,
             spans.cu_keys,
-            spans.longest_query,
+            max(spans.longest_query, LEAST_QUERIES),
             spans.longest_key,
             0.0,
             scoring.causal,
@@ -211,7 +213,7 @@ class CUDAFlash:
             lse.contiguous(),
             spans.cu_queries,
             spans.cu_keys,
-            spans.longest_query,
+            max(spans.longest_query, LEAST_QUERIES),
             spans.longest_key,
             0.0,
             scoring.causal,
@@ -230,6 +232,7 @@ class Needs:
     device: str
     dtype: torch.dtype
     head_dim: int
+    value_dim: int
     softcap: bool = False
     window: int | None = None
     """Of a layer that sees fewer tokens than the longest sequence has."""
@@ -240,7 +243,7 @@ def _cpu_flash(needs: Needs) -> str | None:
         return "it runs on a CPU"
     if needs.softcap or needs.window is not None:
         return "it has no softcap and no window"
-    return None
+    return _unequal_heads(needs)
 
 
 def _cuda_flash(needs: Needs) -> str | None:
@@ -250,7 +253,13 @@ def _cuda_flash(needs: Needs) -> str | None:
         return f"it takes bfloat16 and float16, not {needs.dtype}"
     if needs.head_dim % 8 or needs.head_dim > 256:
         return f"it takes heads of at most 256, a multiple of 8, not {needs.head_dim}"
-    return "it has no softcap" if needs.softcap else None
+    return "it has no softcap" if needs.softcap else _unequal_heads(needs)
+
+
+def _unequal_heads(needs: Needs) -> str | None:
+    if needs.head_dim == needs.value_dim:
+        return None
+    return f"its values are as wide as its keys, not {needs.value_dim} and {needs.head_dim}"
 
 
 # In the order of preference: (name, class, why not).

@@ -46,7 +46,7 @@ def _in_chunks(
 ) -> Iterator[tuple[Row, Tensor]]:
     """Keys, values and last state of the prompt are leaves while its completions are forwarded row
     by row; what gathers in them goes through the prompt at the end."""
-    leaves = PromptLeaves()
+    leaves = PromptLeaves(trained=torch.is_grad_enabled())
     prompt = torch.as_tensor(groups[chunks.group].prompt_ids, dtype=torch.long, device=device)
     layout = row_layout([len(prompt)], [], [], device, attention)
     layout.capture = leaves
@@ -59,7 +59,10 @@ def _in_chunks(
         row = collate_chunk(
             groups, chunks.group, completions, leaves, group_lengths, device, attention
         )
-        yield row, PickStates.apply(_trunk(model, row), leaf, row.predictors)
+        # Completions of one token each have no tokens here: their prompt predicts them.
+        alone = not row.input_ids.numel()
+        states = last.new_zeros(0, last.shape[1]) if alone else _trunk(model, row)
+        yield row, PickStates.apply(states, leaf, row.predictors)
     roots, gradients = leaves.roots()
     if leaf.grad is not None:
         roots.append(last)
@@ -74,10 +77,6 @@ def _trunk(model, row: Row) -> Tensor:
 
 def _states(model, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
     """[1, T] -> [T, D]."""
-    if not input_ids.numel():
-        # Completions of one token each: their prompt predicts them.
-        weight = model.get_input_embeddings().weight
-        return weight.new_zeros(0, weight.shape[1])
     hidden = hidden_states(model, input_ids, position_ids=position_ids, grpo_layout=layout)
     check_layers(model, layout)
     return hidden[0]

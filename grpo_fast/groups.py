@@ -75,6 +75,12 @@ class Group:
                         f"{len(self.completion_ids[k])} tokens"
                     )
 
+    def live_tokens(self, k: int) -> int:
+        """Tokens of completion `k` in the loss."""
+        if self.completion_masks is None:
+            return len(self.completion_ids[k])
+        return int(torch.as_tensor(self.completion_masks[k]).sum())
+
     def advantage_values(self) -> list[float]:
         """`advantages`, or `group_advantages(rewards)`."""
         if self.advantages is not None:

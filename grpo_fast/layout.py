@@ -19,7 +19,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Spans:
     """B query ranges and the key range that each looks at, back to back: what a varlen attention
-    call is told. None is empty."""
+    call is told. A query range may be empty, a key range not."""
 
     queries: tuple[int, ...]
     """Lengths."""
@@ -67,6 +67,8 @@ class Layout:
     """Keys of `shared`: a range of the row; None when they are `leaves`."""
     longest: int
     """Tokens of the longest sequence, its prompt included."""
+    longest_shared: int
+    """The same of those that share a prompt."""
     backend: str = "auto"
     """`attention_backends.NAMES`."""
     leaves: "PromptLeaves | None" = None
@@ -100,6 +102,8 @@ class Leaf:
 class PromptLeaves:
     """A prompt that is forwarded once: a `Leaf` for each attention layer."""
 
+    trained: bool
+    """Whether gradients will gather in the leaves."""
     layers: dict[Any, Leaf] = field(default_factory=dict)
 
     def roots(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -133,6 +137,7 @@ def row_layout(
         completions=slice(end, end + sum(children)),
         prompts=slice(start, end),
         longest=max([*lone, *whole], default=0),
+        longest_shared=max(whole, default=0),
         backend=backend,
     )
 
@@ -146,12 +151,14 @@ def chunk_layout(
 ) -> Layout:
     """Some completions of the one prompt in `leaves`, `prompt` tokens long."""
     own = [length for length in completions if length]
+    longest = prompt + max(own, default=0)
     return Layout(
         own=Spans.of(own, own, device),
         shared=Spans.of([sum(own)], [prompt], device),
         completions=slice(0, sum(own)),
         prompts=None,
-        longest=prompt + max(own, default=0),
+        longest=longest,
+        longest_shared=longest,
         backend=backend,
         leaves=leaves,
     )

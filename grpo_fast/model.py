@@ -292,13 +292,14 @@ def check_head(model) -> None:
         if model.get_decoder() is model:
             raise ConfigError(f"{type(model).__name__} has no decoder apart from its head")
         hidden = hidden_states(model, ids)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        logits = model(input_ids=ids, use_cache=False).logits
     if not hidden.isfinite().all():
         raise ConfigError(
             f"{type(model).__name__} gives NaN or inf on four tokens: its weights are damaged"
         )
-    ours = torch.nn.functional.linear(hidden.to(weight.dtype), weight, layer.bias).float()
-    ours = layer.logits_(ours)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    ours = torch.nn.functional.linear(hidden.to(weight.dtype), weight, layer.bias).to(wide)
+    ours, logits = layer.logits_(ours), logits.to(wide)
     tolerance = HEAD_TOLERANCE.get(weight.dtype, HALF_PRECISION_TOLERANCE)
     # Written so that NaN logits are refused too.
     if ours.shape != logits.shape or not (

@@ -116,11 +116,11 @@ def linear_grpo_loss(
     or shaped like targets. Without old_logprobs the policy is its own: the ratio is exactly 1.
     `denominator` replaces the normaliser (`aggregation.token_weights`), `entropy_denominator` the
     number of tokens of the entropy bonus, so that losses of micro-batches add up to the loss of
-    the step. hidden and weight
-    float32, bfloat16, float16 or float64; arithmetic, logprobs and entropy float32 (float64 for
-    float64). The gradient is made in the forward and can be taken any number of times, but not
-    differentiated again (create_graph is an error); `linear_loss.py` says what it costs. Rows that
-    are masked or carry no gradient (`skip_zero_advantage`) enter no product. process_group: weight
+    the step. hidden and weight float32, bfloat16, float16 or float64; arithmetic, logprobs and
+    entropy float32 (float64 for float64). The gradient is made in the forward and can be taken any
+    number of times, but not differentiated again (create_graph is an error); `linear_loss.py` says
+    what it costs. Rows that are masked or carry no gradient (`skip_zero_advantage`) enter no
+    product. process_group: weight
     and bias are this rank's rows of a head sharded over the vocabulary (or DTensors), everything
     else and the result are the same on all ranks.
 

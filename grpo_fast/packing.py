@@ -113,10 +113,9 @@ def _teaching(
     advantages = [group.advantage_values() if skips else None for group in groups]
     for member in members(groups):
         group = groups[member.group]
-        masks = group.completion_masks
-        known = None if config is None or masks is None else masks[member.index]
         values = advantages[member.group]
-        if not len(group.completion_ids[member.index]) or (known is not None and not any(known)):
+        empty = not len(group.completion_ids[member.index])
+        if empty or (config is not None and not group.live_tokens(member.index)):
             packing.masked.append(member)
         elif values is not None and values[member.index] == 0:
             packing.dead.append(member)

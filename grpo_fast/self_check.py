@@ -5,6 +5,7 @@ A model that mixes tokens in a way that no interface tells (a convolution, a mas
 otherwise train on nonsense without an error.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from .attention import using_packed_attention
 from .errors import ConfigError
 from .forward import forwarded
 from .groups import Group
-from .model import evaluating, hidden_states
+from .model import check_head, evaluating, hidden_states
 from .packing import Packing, Part
 
 # Relative difference of hidden states, packed and alone; a sequence that sees a neighbour is off by
@@ -28,65 +29,82 @@ _checked: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
 def check_once(model, groups: Sequence[Group], packing: Packing, attention: str) -> None:
-    """`check_packing` on a small part of the first batch, once for each way `model` is used."""
-    shared = any(part.shared for row in packing.rows for part in row) or bool(packing.chunks)
+    """`check_head`, and `check_packing` on a small part of the first batch, once for each way
+    `model` is used."""
     kind = next(model.parameters()).device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    way = (attention, shared, dtype, kind)
     done = _checked.setdefault(model, set())
-    longest = [group for group in groups if any(len(c) > 1 for c in group.completion_ids)]
-    if way in done or not longest:
-        return
-    check_packing(model, longest[:2], attention=attention, shared=shared)
-    done.add(way)
+    if "head" not in done:
+        with torch.autocast(kind, enabled=False):
+            check_head(model)
+        done.add("head")
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    parts = [part for row in packing.rows for part in row]
+    together = {part.group for part in parts if part.shared} | {c.group for c in packing.chunks}
+    alone = {part.group for part in parts} - together
+    for shared, indices in ((True, together), (False, alone)):
+        chosen = [groups[g] for g in sorted(indices) if _tells(groups[g])][:2]
+        if chosen and (way := (attention, shared, dtype, kind)) not in done:
+            check_packing(model, chosen, attention=attention, shared=shared)
+            done.add(way)
+
+
+def _tells(group: Group) -> bool:
+    """Whether a completion has a token that another one could see."""
+    return any(len(completion) > 1 for completion in group.completion_ids)
 
 
 @torch.no_grad()
 def check_packing(model, groups: Sequence[Group], *, attention: str, shared: bool) -> None:
     """Raise ConfigError unless states of a packed row are those of each sequence alone, and moving
-    one completion moves no bit of another's."""
+    one completion moves no bit of another's.
+
+    With experts a few bits may move: how many tokens an expert gets decides how its sums are cut.
+    """
     small = [_shortened(group) for group in groups]
     device = next(model.parameters()).device
+    narrow = torch.is_autocast_enabled(device.type)
+
+    def limit(states: Tensor) -> float:
+        return HALF_TOLERANCE if narrow else TOLERANCE.get(states.dtype, HALF_TOLERANCE)
+
     with evaluating(model):
         packed = _packed_states(model, small, device, attention, shared)
         for (g, k), found in packed.items():
-            alone = _alone(model, small[g], k, device)
-            error = float((found - alone).norm() / alone.norm())
-            limit = TOLERANCE.get(found.dtype, HALF_TOLERANCE)
-            if torch.is_autocast_enabled(device.type):
-                limit = HALF_TOLERANCE
-            if not error <= limit:
+            error = _apart(found, _alone(model, small[g], k, device))
+            if not error <= limit(found):
                 raise ConfigError(
                     f"a packed row under attention '{attention}' gives {type(model).__name__} "
                     f"other hidden states than the sequence alone (completion {k}: {error:.1e} "
-                    f"apart, allowed {limit:.0e}): its "
-                    "layers mix tokens in a way packed attention does not compute; use another "
-                    "model, and please report this one"
+                    f"apart, allowed {limit(found):.0e}): its layers mix tokens in a way packed "
+                    "attention does not compute; use another model, and please report this one"
                 )
-        _check_leaks(model, small, packed, device, attention, shared)
+        moved = [_moved(model, group) for group in small]
+        for (g, k), found in _packed_states(model, moved, device, attention, shared).items():
+            error = _apart(found, packed[g, k]) if k else 0.0
+            if not error <= (limit(found) if _has_experts(model) else 0.0):
+                raise ConfigError(
+                    f"in a packed row of {type(model).__name__} completion {k} changes when "
+                    f"completion 0 does, by {error:.1e}: its layers mix the sequences of a row; "
+                    "use another model, and please report this one"
+                )
 
 
-def _check_leaks(model, groups, packed, device, attention, shared) -> None:
-    """Other tokens in the first completion of each group change no bit of the others."""
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _has_experts(model) -> bool:
+    config = model.get_decoder().config
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any(getattr(config, name, None) for name in names)
+
+
+def _moved(model, group: Group) -> Group:
+    """With other tokens in its first completion."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    moved = []
-    for group in groups:
-        first, *others = group.completion_ids
-        first = [(int(token) + 1) % vocabulary for token in first]
-        moved.append(
-            Group(
-                prompt_ids=group.prompt_ids,
-                completion_ids=[first, *others],
-                advantages=group.advantages,
-            )
-        )
-    for (g, k), found in _packed_states(model, moved, device, attention, shared).items():
-        if k and not torch.equal(found, packed[g, k]):
-            raise ConfigError(
-                f"in a packed row of {type(model).__name__} completion {k} changes when completion "
-                "0 does: its layers mix the sequences of a row; use another model, and please "
-                "report this one"
-            )
+    first, *others = group.completion_ids
+    first = [(int(token) + 1) % vocabulary for token in first]
+    return dataclasses.replace(group, completion_ids=[first, *others])
 
 
 def _packed_states(model, groups, device, attention, shared) -> dict[tuple[int, int], Tensor]:

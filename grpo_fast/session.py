@@ -205,7 +205,7 @@ def plan(config: TrainConfig, parts: Parts) -> str:
         f"plan: {config.prompts_per_step} prompts x {config.group_size} completions = {per_step} a "
         "step, "
         f"{config.num_iterations} optimizer step(s) each, at most {math.ceil(per_step / rows)} "
-        "micro-batches of "
+        "packed row(s) of "
         f"{config.token_budget} tokens; {parameters / 1e6:,.2f}M parameters in "
         f"{str(weight.dtype)[6:]} on "
         f"{weight.device.type}; loss {config.loss.loss_type} by impl "

@@ -178,12 +178,7 @@ def group_logprobs(
 
 def group_tokens(groups: Sequence[Group]) -> list[int]:
     """Tokens in the loss of each group."""
-    return [
-        sum(map(len, group.completion_ids))
-        if group.completion_masks is None
-        else sum(int(torch.as_tensor(mask).sum()) for mask in group.completion_masks)
-        for group in groups
-    ]
+    return [sum(map(group.live_tokens, range(len(group.completion_ids)))) for group in groups]
 
 
 def step_denominators(
@@ -235,32 +230,29 @@ def step_metrics(
     token_budget: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What was forwarded and what was left out."""
+    """What was forwarded and what was left out: `batch/packing_ratio` is the tokens of one padded
+    batch of everything over those forwarded, `batch/pad_frac` the padding's share of that batch."""
     forwarded_groups = {part.group for row in packing.rows for part in row}
     forwarded_groups |= {chunks.group for chunks in packing.chunks}
     rows = len(packing.rows) + sum(len(chunks.rows) for chunks in packing.chunks)
-    padded, tokens = packing.tokens_padded, max(packing.tokens, 1)
+    padded = packing.tokens_padded
     full = sum(
         len(group.prompt_ids) + len(completion)
         for group in groups
         for completion in group.completion_ids
     )
-    dead_tokens = sum(
-        len(groups[g].completion_ids[k])
-        if groups[g].completion_masks is None
-        else int(torch.as_tensor(groups[g].completion_masks[k]).sum())
-        for g, k in packing.dead
-    )
+    dead_tokens = sum(groups[g].live_tokens(k) for g, k in packing.dead)
     known = {
         "batch/forwarded_tokens_per_step": packing.tokens,
         "batch/microbatches_per_step": rows,
-        "batch/packing_ratio": padded / tokens if packing.tokens else 1.0,
         "batch/pad_frac": 1 - full / padded if padded else 0.0,
-        "batch/row_fill_frac": packing.tokens / (rows * token_budget) if rows else 0.0,
         "batch/dropped_masked": len(packing.masked),
         "batch/dropped_zero_advantage": len(packing.dead),
         "groups/dead_frac": 1 - len(forwarded_groups) / len(groups) if groups else 0.0,
     }
+    if rows:
+        known["batch/packing_ratio"] = padded / packing.tokens
+        known["batch/row_fill_frac"] = packing.tokens / (rows * token_budget)
     values = torch.tensor(list(known.values()), dtype=torch.float32, device=device).unbind()
     metrics = dict(zip(known, values, strict=True))
     for name in ("n_tokens", "n_tokens_skipped"):

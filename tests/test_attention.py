@@ -133,7 +133,7 @@ def test_chunks_leave_in_the_leaves_what_one_row_gives_the_prompt(name):
         rows = slice(at, at + sum(chunk))
         at = rows.stop
         part = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
-        layout = chunk_layout(chunk, PromptLeaves(), prompt, CPU)
+        layout = chunk_layout(chunk, PromptLeaves(trained=True), prompt, CPU)
         out = MergedAttention.apply(*part, layout, leaf, BACKEND[name], scoring)
         close(out, expected[:, rows], 1e-12)
         for mine, theirs in zip(torch.autograd.grad(out, part, above[:, rows]), truth, strict=True):
@@ -184,16 +184,20 @@ def test_merging_through_autograd_would_be_wrong():
 
 
 def test_the_first_backend_that_can_is_picked():
-    flash = Needs("cuda", torch.bfloat16, 64)
+    flash = Needs("cuda", torch.bfloat16, 64, 64)
     assert type(pick_backend("auto", flash)).__name__ == "CUDAFlash"
-    assert type(pick_backend("auto", Needs("cuda", torch.float32, 64))).__name__ == "Tiles"
-    assert type(pick_backend("auto", Needs("cpu", torch.float32, 64))).__name__ == "CPUFlash"
-    capped = Needs("cpu", torch.float32, 64, softcap=True)
+    assert type(pick_backend("auto", Needs("cuda", torch.float32, 64, 64))).__name__ == "Tiles"
+    assert type(pick_backend("auto", Needs("cpu", torch.float32, 64, 64))).__name__ == "CPUFlash"
+    capped = Needs("cpu", torch.float32, 64, 64, softcap=True)
     assert type(pick_backend("auto", capped)).__name__ == "Tiles"
     with pytest.raises(ConfigError, match="'cpu_flash' cannot serve this model: it has no softcap"):
         pick_backend("cpu_flash", capped)
     with pytest.raises(ConfigError, match="attention = 'flsh' is not available: did you mean"):
         pick_backend("flsh", flash)
+    wide = Needs("cpu", torch.float32, 64, 128)
+    assert type(pick_backend("auto", wide)).__name__ == "Tiles"
+    with pytest.raises(ConfigError, match="values are as wide as its keys, not 128 and 64"):
+        pick_backend("cpu_flash", wide)
     assert set(BACKENDS) == {"flash", "cpu_flash", "tiles"}
 
 

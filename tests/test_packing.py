@@ -58,7 +58,9 @@ def test_every_completion_once_and_within_the_budget(shapes, budget, sharing, ch
         prompt = len(groups[chunks.group].prompt_ids)
         total += prompt
         for keys in chunks.rows:
-            row = collate_chunk(groups, chunks.group, keys, PromptLeaves(), [1] * 5, CPU)
+            row = collate_chunk(
+                groups, chunks.group, keys, PromptLeaves(trained=True), [1] * 5, CPU
+            )
             total += row.input_ids.numel()
             assert prompt + row.input_ids.numel() <= budget
     assert packing.tokens == total

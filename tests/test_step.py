@@ -242,6 +242,20 @@ def test_c5_a_backend_that_ignores_the_segments_is_found(model, monkeypatch):
         grpo_backward(model, make_groups(), share_prompts="off")
 
 
+def test_a_backend_that_leaks_a_little_is_found(model, monkeypatch):
+    from grpo_fast.attention_backends import CPUFlash
+
+    forward = CPUFlash.forward
+
+    def leaking(self, q, k, v, spans, scoring):
+        out, lse = forward(self, q, k, v, spans, scoring)
+        return out + 1e-9 * v.sum(), lse  # far below what values alone could tell
+
+    monkeypatch.setattr(CPUFlash, "forward", leaking)
+    with pytest.raises(ConfigError, match="completion 1 changes when completion 0 does"):
+        grpo_backward(model, make_groups(), share_prompts="off")
+
+
 def test_layers_that_mix_tokens_themselves_are_refused(model):
     layer = model.model.layers[0].self_attn
     forward = layer.forward
