@@ -4,10 +4,7 @@ of a table.
 Letters: `N` tokens, `D` hidden, `V` vocabulary.
 """
 
-import ctypes
-import gc
 import multiprocessing
-import re
 import signal
 import time
 from dataclasses import dataclass
@@ -15,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from grpo_fast.memory import Meter
 
 from .bench_linear_grpo import compared_rows, exact_gradients
 from .peers import PROVIDERS, Batch, Gap, Gradients, Provider, gradients, random_batch, said
@@ -58,31 +57,6 @@ def write_truth(match: Match, path: Path) -> None:
     eager = next(provider for provider in PROVIDERS if provider.name == "eager")
     same = to_compare(gradients(eager.calls(), batch, frozen=frozen), targets)
     torch.save({"exact": truth, "eager": same}, path)
-
-
-class Meter:
-    """Most memory held at once since the meter was made, beyond what was held then."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-            return
-        # Free heap goes back first: memory that lies ready would not be seen when it is used.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        self.before = self._status("VmRSS")
-
-    def _status(self, name: str) -> int:
-        return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-    def bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return self._status("VmHWM") - self.before
 
 
 class Call(NamedTuple):

@@ -17,6 +17,7 @@ _HOME = {
     "Group": "groups",
     "GrpoFastError": "errors",
     "InputError": "errors",
+    "LargestStep": "planner",
     "LogProbOutput": "ops",
     "LossConfig": "loss_config",
     "LossOutput": "ops",
@@ -33,6 +34,8 @@ _HOME = {
     "linear_logprob": "ops",
     "make_groups": "groups",
     "next_entropy_coef": "entropy_control",
+    "plan_memory": "planner",
+    "rehearse": "planner",
     "token_logprob": "ops",
     "train": "trainer",
 }
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
         linear_logprob,
         token_logprob,
     )
+    from .planner import LargestStep, plan_memory, rehearse
     from .step import StepOutput, group_logprobs, grpo_backward
     from .trainer import TrainResult, train
 

@@ -18,6 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 Sharing = Literal["auto", "on", "off"]
 Chunking = Literal["auto", "on", "off"]
+Checkpointing = Literal["auto", "on", "off", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +54,17 @@ class TrainConfig:
     """Prompts per optimizer step."""
     group_size: int = 8
     """Completions per prompt (TRL: num_generations)."""
-    token_budget: int = 16384
-    """Most tokens of one packed row; lower it when memory runs out."""
+    token_budget: int | None = None
+    """Most tokens of one packed row; when not given 16384, or what memory holds."""
     share_prompts: Sharing = "auto"
     """Forward a prompt once for its group: `auto` where that saves more than 15 % of the tokens,
     `on`, `off`."""
     chunking: Chunking = "auto"
     """A group above token_budget: `auto` forwards its prompt once and its completions row by row,
     `on` does so with every shared group, `off` forwards the prompt again in each row."""
+    checkpointing: Checkpointing = "auto"
+    """Compute layers again in the backward: `off`, `on`, `offload` (what enters a layer waits in
+    CPU memory), or `auto`, the first of these that fits."""
     attention: str = "auto"
     """Who computes attention in a training step, of `grpo_fast.attention_backends`."""
     max_prompt_length: int = 1024
@@ -138,7 +142,8 @@ class TrainConfig:
         if conflict is not None:
             raise ConfigError(conflict)
         for name in _POSITIVE:
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "at least 1")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             check(is_number(value) and value >= 0, name, value, ">= 0")
@@ -207,6 +212,7 @@ _CHOICES = {
     "impl": Impl,
     "share_prompts": Sharing,
     "chunking": Chunking,
+    "checkpointing": Checkpointing,
 }
 _NOT_NEGATIVE = (
     "eval_every",

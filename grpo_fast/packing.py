@@ -49,6 +49,9 @@ class Packing:
     """Completions of advantage 0 where nothing else makes a gradient."""
     tokens: int = 0
     """Through the model."""
+    longest: int = 0
+    """Tokens of the longest row; a cut group's prompt counts in each of its rows, which it
+    outlives."""
     tokens_alone: int = 0
     """Of the same completions with a prompt each, as a trainer without padding has them."""
     tokens_padded: int = 0
@@ -96,11 +99,15 @@ def pack(
             else:
                 packing.chunks.append(Chunks(g, tuple(rows)))
                 packing.tokens += together
+                longest_row = prompt + max(sum(sizes[k] for k in row) for row in rows)
+                packing.longest = max(packing.longest, longest_row)
     rows = best_fit(dict(enumerate(part.tokens for part in parts)), token_budget)
     packing.rows = [[parts[i] for i in row] for row in rows]
     # The largest first: it dies at once if it must.
     packing.rows.sort(key=lambda row: -sum(part.tokens for part in row))
     packing.tokens += sum(part.tokens for part in parts)
+    longest = max((sum(part.tokens for part in row) for row in packing.rows), default=0)
+    packing.longest = max(packing.longest, longest)
     return packing
 
 

@@ -15,6 +15,7 @@ from .entropy_control import EntropyControl
 from .errors import CheckpointError, ConfigError
 from .implementation import resolve_impl
 from .model import check_head, load_model, load_tokenizer, pick_device, resolve_model
+from .planner import LargestStep, Plan, plan_memory, rehearse
 from .prompts import Prompt, fingerprint, hold_out, load_prompts
 from .rewards import RewardFunction, load_rewards
 from .runlog import RunLog
@@ -35,6 +36,7 @@ RESUMABLE = {
     "impl",
     "share_prompts",
     "chunking",
+    "checkpointing",
     "attention",
 }
 
@@ -54,6 +56,14 @@ class Parts:
     device: torch.device
     entropy_control: EntropyControl | None
     """Of adaptive entropy, changed by every optimizer step; None without it."""
+    memory: Plan
+    """Rows and checkpointing of every step."""
+
+    def step_options(self, config: TrainConfig) -> dict[str, Any]:
+        """What `grpo_backward` and `group_logprobs` are told alike."""
+        names = ("share_prompts", "chunking", "attention", "impl")
+        given = {name: getattr(config, name) for name in names}
+        return {"token_budget": self.memory.token_budget, **given}
 
     def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager:
         """bfloat16 products on a GPU while parameters stay float32, for dtype `auto`."""
@@ -91,9 +101,51 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         weight_decay=config.weight_decay,
     )
     control = EntropyControl(config.loss.entropy_coef) if config.loss.use_adaptive_entropy else None
-    return Parts(
-        model, reference, tokenizer, optimizer, rewards, prompts, held_out, device, control
+    parts = Parts(
+        model=model,
+        reference=reference,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        rewards=rewards,
+        prompts=prompts,
+        held_out=held_out,
+        device=device,
+        entropy_control=control,
+        memory=Plan(0, "off"),
     )
+    with progress.status("rehearsing the largest micro-batch"):
+        parts.memory = rehearsed(config, parts)
+    return parts
+
+
+def rehearsed(config: TrainConfig, parts: Parts) -> Plan:
+    """Rows and checkpointing for the memory that is there, tried out on the largest micro-batch."""
+    largest = LargestStep(
+        prompts=config.prompts_per_step,
+        group_size=config.group_size,
+        prompt_length=longest_prompt(parts.prompts),
+        completion_length=config.max_completion_length,
+    )
+    trained = [p for p in parts.model.parameters() if p.requires_grad]
+    options = parts.step_options(config) | {
+        "loss": config.step_loss,
+        # The two moments of AdamW come with its first step.
+        "reserved": 2 * sum(p.nbytes for p in trained),
+    }
+    del options["token_budget"]
+    with parts.autocast(config):
+        plan = plan_memory(
+            parts.model,
+            largest,
+            token_budget=config.token_budget,
+            checkpointing=config.checkpointing,
+            **options,
+        )
+        return rehearse(parts.model, plan, largest, **options)
+
+
+def longest_prompt(prompts: list[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)
 
 
 def load_data(config: TrainConfig, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
@@ -110,8 +162,8 @@ def load_data(config: TrainConfig, tokenizer) -> tuple[list[Prompt], list[Prompt
             "training prompts in "
             f"{config.dataset}: lower it, lower eval_prompts, or add prompts"
         )
-    longest = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
-    if longest > config.token_budget:
+    longest = longest_prompt(prompts) + config.max_completion_length
+    if config.token_budget is not None and longest > config.token_budget:
         raise ConfigError(
             f"token_budget = {config.token_budget} is below the longest possible sequence, "
             f"{longest} tokens "
@@ -197,8 +249,8 @@ def save(
 def plan(config: TrainConfig, parts: Parts) -> str:
     """One line a person can check before the first step."""
     per_step = config.prompts_per_step * config.group_size
-    longest = max(len(prompt.token_ids) for prompt in parts.prompts) + config.max_completion_length
-    rows = config.token_budget // longest
+    longest = longest_prompt(parts.prompts) + config.max_completion_length
+    rows = parts.memory.token_budget // longest
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     weight = next(parts.model.parameters())
     return (
@@ -206,7 +258,7 @@ def plan(config: TrainConfig, parts: Parts) -> str:
         "step, "
         f"{config.num_iterations} optimizer step(s) each, at most {math.ceil(per_step / rows)} "
         "packed row(s) of "
-        f"{config.token_budget} tokens; {parameters / 1e6:,.2f}M parameters in "
+        f"{parts.memory.token_budget} tokens; {parameters / 1e6:,.2f}M parameters in "
         f"{str(weight.dtype)[6:]} on "
         f"{weight.device.type}; loss {config.loss.loss_type} by impl "
         f"'{resolve_impl(config.impl, weight)}', "

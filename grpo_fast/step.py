@@ -5,18 +5,21 @@ Shapes: `T` tokens of a row, `N` completion tokens in the loss, `D` hidden.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .activation_checkpointing import checkpointing_layers
 from .attention import using_packed_attention, window_of
 from .collate import Row
-from .config import Chunking, Sharing
+from .config import Checkpointing, Chunking, Sharing
 from .errors import InputError
 from .forward import forwarded
 from .groups import Group, Member, members
 from .loss_config import LossConfig
+from .memory import estimated_need, fastest_mode
 from .model import Head, head
 from .ops import LossOutput, linear_grpo_loss, linear_logprob
 from .packing import Packing, pack
@@ -44,6 +47,7 @@ def grpo_backward(
     token_budget: int = 16384,
     share_prompts: Sharing = "auto",
     chunking: Chunking = "auto",
+    checkpointing: Checkpointing = "auto",
     attention: str = "auto",
     impl: str = "auto",
 ) -> StepOutput:
@@ -58,8 +62,10 @@ def grpo_backward(
     group; `on` does so with every group that shares; `off` forwards the prompt again in every row.
     Completions that teach nothing are not forwarded (advantage 0 where nothing else makes a
     gradient, or fully masked; `LossConfig.skip_zero_advantage`) and still count in the normaliser,
-    which is that of all groups together. `attention`: a backend of `attention_backends`, `impl`: of
-    the loss.
+    which is that of all groups together. `checkpointing`: `on` computes every layer again in the
+    backward instead of keeping it, `offload` also keeps what enters a layer in CPU memory, `off`
+    keeps everything, `auto` is the first of off, on and offload that should fit (`plan_memory`
+    measures instead). `attention`: a backend of `attention_backends`, `impl`: of the loss.
 
     model: a causal language model of transformers, or a peft LoRA model around one. Raises
     InputError for groups that do not fit together, ConfigError for a budget below the longest
@@ -80,20 +86,28 @@ def grpo_backward(
     layer = head(model)
     total = torch.zeros((), device=device)
     rows: list[Row] = []
-    outputs: list[LossOutput] = []
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    parts: list[dict[str, Tensor]] = []
     check_once(model, groups, packing, attention)
-    with using_packed_attention(model):
+    mode = checkpointing
+    if mode == "auto":
+        mode = fastest_mode(device, partial(estimated_need, model), packing.longest)
+    with using_packed_attention(model), checkpointing_layers(model, mode):
         for row, states in forwarded(model, groups, packing, tokens, device, attention):
             output = _row_loss(states, layer, row, loss, denominators, impl)
             output.loss.backward()
             total += output.loss.detach()
             rows.append(row)
-            outputs.append(output)
-    parts = [output.metrics for output in outputs]
+            # Not the output itself: the graph behind its loss would keep the row's activations.
+            logprobs.append(output.logprobs)
+            entropies.append(output.entropy)
+            parts.append(output.metrics)
+            del output, states
     return StepOutput(
         total,
-        per_completion(groups, packing, rows, [output.logprobs for output in outputs], device),
-        per_completion(groups, packing, rows, [output.entropy for output in outputs], device),
+        per_completion(groups, packing, rows, logprobs, device),
+        per_completion(groups, packing, rows, entropies, device),
         merge_metrics(parts) | step_metrics(groups, packing, parts, token_budget, device),
     )
 

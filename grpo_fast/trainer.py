@@ -26,6 +26,7 @@ from .entropy_control import bonus_entropy
 from .errors import GrpoFastError
 from .groups import Group
 from .metrics import completion_rows, length_metrics, rollout_metrics, update_metrics
+from .planner import naming_the_number
 from .prompts import step_prompts
 from .report import write_report
 from .rollout import ScoredGroup, sample_groups, score_groups, set_advantages, training_groups
@@ -64,6 +65,7 @@ def train(config: TrainConfig) -> TrainResult:
         parts = build(config, run, progress)
         first, seconds, tokens = restore(config, run, parts, progress)
         progress.note(plan(config, parts))
+        progress.note(str(parts.memory))
         return loop(config, run, parts, progress, first, seconds, tokens)
 
 
@@ -155,12 +157,9 @@ def update(
 ) -> dict[str, float]:
     """`num_iterations` optimizer steps on one rollout."""
     groups = training_groups(scored, config)
-    options = {
-        name: getattr(config, name)
-        for name in ("token_budget", "share_prompts", "chunking", "attention", "impl")
-    }
+    options = parts.step_options(config)
     iterations = []
-    with watch("update"):
+    with watch("update"), naming_the_number(parts.memory):
         if parts.reference is not None:
             with parts.autocast(config):
                 ref = group_logprobs(
@@ -172,7 +171,13 @@ def update(
             control, loss = parts.entropy_control, config.step_loss
             loss = loss if control is None else control.loss(loss)
             with parts.autocast(config):
-                output = grpo_backward(parts.model, groups, loss=loss, **options)
+                output = grpo_backward(
+                    parts.model,
+                    groups,
+                    loss=loss,
+                    checkpointing=parts.memory.checkpointing,
+                    **options,
+                )
             if iteration == 0 and config.num_iterations > 1:
                 groups = with_logprobs(groups, old_logprobs=output.logprobs)
             row = {name: float(value) for name, value in output.metrics.items()}

@@ -76,6 +76,9 @@ ALLOWED = {
     "attention_backends": {"errors", "layout"},
     "attention": {"attention_backends", "errors", "layout"},
     "forward": {"attention", "collate", "groups", "layout", "model", "packing"},
+    "activation_checkpointing": {"config", "errors", "loss_config"},
+    "memory": {"activation_checkpointing", "config"},
+    "planner": {"config", "errors", "groups", "loss_config", "memory", "step"},
     "self_check": {"attention", "errors", "forward", "groups", "model", "packing"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}

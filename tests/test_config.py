@@ -115,6 +115,7 @@ def test_loss_options_at_their_limits_are_taken():
         ),
         ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "choose one of auto, float32, bfloat16"),
+        ({"checkpointing": "layers"}, "choose one of auto, on, off, offload"),
         ({"loss": LossConfig(temperature=0.5)}, "loss.temperature = 0.5 contradicts temperature"),
         ({"loss": LossConfig(max_completion_length=9)}, "contradicts max_completion_length"),
         *(

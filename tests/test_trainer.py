@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -325,6 +326,23 @@ def test_micro_batching_changes_nothing_but_rounding(world, tmp_path):
         assert a["reward"] == b["reward"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_memory_is_planned_and_rehearsed_before_the_first_step(world, tmp_path, capsys):
+    for name, changes in {"kept": {}, "again": {"checkpointing": "on"}}.items():
+        train(config_of(world, tmp_path / name, token_budget=None, max_steps=2, **changes))
+    said = capsys.readouterr().out
+    assert re.search(r"memory: rows of at most 320 tokens, checkpointing off: .* rehearsed", said)
+    assert re.search(r"memory: rows of at most 320 tokens, checkpointing on: .* rehearsed", said)
+    assert without_times(rows(tmp_path / "kept")) == without_times(rows(tmp_path / "again"))
+
+
+def test_a_run_that_cannot_fit_dies_before_it_touches_anything(world, tmp_path, monkeypatch):
+    train(config_of(world, tmp_path / "run", max_steps=1))
+    monkeypatch.setattr("grpo_fast.planner.free_bytes", lambda _: 10**6)
+    with pytest.raises(ConfigError, match="a row of 256 tokens does not fit into"):
+        train(config_of(world, tmp_path / "run", existing="move"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
 
 
 def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(world, tmp_path, monkeypatch):
