@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CheckpointError
 from .model import save_model
@@ -89,30 +91,73 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts under `parameter name/moment`."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.detach().clone().contiguous().cpu()
-    return tensors
+def optimizer_tensors(model, optimizer) -> dict[str, Tensor]:
+    """AdamW's moments, step counts and master weights under `parameter name/moment`."""
+    return {
+        f"{name}/{key}": value.detach().clone().contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        for key, value in _state_tensors(optimizer, parameter).items()
+    }
 
 
 def load_optimizer(path: Path, model, optimizer) -> None:
-    """Put the moments of checkpoint `path` back; raises CheckpointError where they do not fit the
-    model."""
+    """Put what `optimizer_tensors` saved in checkpoint `path` back; raises CheckpointError where it
+    does not fit the model or the optimizer."""
     parameters = dict(model.named_parameters())
     with safe_open(path / OPTIMIZER, framework="pt") as file:
+        saved: dict[str, set[str]] = {}
         for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             name, _, moment = key.rpartition("/")
             if name not in parameters:
                 raise CheckpointError(
                     f"{path}/{OPTIMIZER} holds '{name}', which the model does not have"
                 )
-            parameter, value = parameters[name], file.get_tensor(key)
-            # AdamW keeps its step count on the CPU.
-            state = optimizer.state.setdefault(parameter, {})
-            state[moment] = value if moment == "step" else value.to(parameter.device)
+            saved.setdefault(name, set()).add(moment)
+        _make_state(optimizer, [parameters[name] for name in saved])
+        for name, moments in saved.items():
+            state = _state_tensors(optimizer, parameters[name])
+            if moments != set(state):
+                raise CheckpointError(
+                    f"{path}/{OPTIMIZER} holds {', '.join(sorted(moments))} of '{name}', this "
+                    f"optimizer has {', '.join(sorted(state)) or 'nothing'}: put optimizer, "
+                    "update_precision and dtype back"
+                )
+            for moment, tensor in state.items():
+                value = file.get_tensor(f"{name}/{moment}")
+                if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
+                    raise CheckpointError(
+                        f"{path}/{OPTIMIZER}: {moment} of '{name}' is {value.dtype} "
+                        f"{list(value.shape)}, expected {tensor.dtype} {list(tensor.shape)}: put "
+                        "model, optimizer, update_precision and dtype back"
+                    )
+                tensor.copy_(value)
+
+
+def _state_tensors(optimizer, parameter) -> dict[str, Tensor]:
+    """The optimizer's state of one parameter; of a quantized moment its parts, `exp_avg.codes`."""
+    tensors = {}
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if is_traceable_wrapper_subclass(value):
+            parts, _ = value.__tensor_flatten__()
+            tensors |= {f"{key}.{part}": getattr(value, part) for part in parts}
+        else:
+            tensors[key] = value
+    return tensors
+
+
+def _make_state(optimizer, parameters) -> None:
+    """Have the optimizer make its own state, to be filled: a step at rate 0 on gradients of 0 moves
+    no weight."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _folders(folder: Path) -> list[Path]:

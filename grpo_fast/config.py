@@ -15,6 +15,8 @@ from .loss_config import LossConfig, check, check_choice, is_number
 Scheduler = Literal["constant", "linear", "cosine"]
 Existing = Literal["refuse", "move"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Optimizer = Literal["adamw", "adamw_8bit"]
+UpdatePrecision = Literal["master", "stochastic", "none"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 Sharing = Literal["auto", "on", "off"]
 Chunking = Literal["auto", "on", "off"]
@@ -87,6 +89,12 @@ class TrainConfig:
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss (DAPO overlong filter)."""
 
+    optimizer: Optimizer = "adamw"
+    """`adamw`, or `adamw_8bit`: moments in 8 bits, by torchao (pip install torchao)."""
+    update_precision: UpdatePrecision = "master"
+    """How small updates reach the parameters of dtype bfloat16: AdamW steps a float32 `master` copy
+    (16 bytes a parameter with its gradient), or rounds `stochastic`ally (12, adamw_8bit 6); `none`
+    rounds to nearest, and loses most of them (8, adamw_8bit 6). Float32 ones lose none."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Scheduler = "constant"
@@ -137,6 +145,7 @@ class TrainConfig:
         self._check_rewards()
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        self._check_optimizer()
         names = ("scale_rewards", "baseline", "multi_objective_aggregation")
         conflict = advantage_conflict(**{name: getattr(self, name) for name in names})
         if conflict is not None:
@@ -192,6 +201,23 @@ class TrainConfig:
                 f"reward_weights = {list(weights)}: expected finite numbers, at least one not 0"
             )
 
+    def _check_optimizer(self) -> None:
+        found = f"update_precision = '{self.update_precision}'"
+        if self.dtype != "bfloat16" and self.update_precision != "master":
+            raise ConfigError(
+                f"{found} has no effect on the float32 parameters of dtype = '{self.dtype}': leave "
+                "it out, or set dtype bfloat16"
+            )
+        # What is left of master is that of bfloat16 parameters: float32 ones are their own.
+        if self.dtype == "bfloat16" and (self.optimizer, self.update_precision) == (
+            "adamw_8bit",
+            "master",
+        ):
+            raise ConfigError(
+                f"optimizer = 'adamw_8bit' has no master copies of bfloat16 parameters, found "
+                f"{found}: set update_precision stochastic, or none"
+            )
+
     @property
     def step_loss(self) -> LossConfig:
         """The loss as trained: sampling temperature and completion length filled in."""
@@ -208,6 +234,8 @@ _CHOICES = {
     "baseline": Baseline,
     "multi_objective_aggregation": MultiReward,
     "lr_scheduler_type": Scheduler,
+    "optimizer": Optimizer,
+    "update_precision": UpdatePrecision,
     "dtype": Dtype,
     "impl": Impl,
     "share_prompts": Sharing,

@@ -15,6 +15,7 @@ from .entropy_control import EntropyControl
 from .errors import CheckpointError, ConfigError
 from .implementation import resolve_impl
 from .model import check_head, load_model, load_tokenizer, pick_device, resolve_model
+from .optimizer import check_optimizer, make_optimizer, state_bytes
 from .planner import LargestStep, Plan, plan_memory, rehearse
 from .prompts import Prompt, fingerprint, hold_out, load_prompts
 from .rewards import RewardFunction, load_rewards
@@ -74,6 +75,7 @@ class Parts:
 def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
     """Everything the loop works on; cheap checks come before expensive loads."""
     device = pick_device(config.device)
+    check_optimizer(config)
     rewards = load_rewards(config.reward, config.reward_weights)
     directory = run.folder / "base_model"
     with progress.status(f"preparing the model {config.model}"):
@@ -94,12 +96,7 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
     resolve_impl(config.impl, next(model.parameters()))
     # No dropout: sampler, old and new policy must be the same function of the weights.
     model.eval()
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
+    optimizer = make_optimizer(model.parameters(), config)
     control = EntropyControl(config.loss.entropy_coef) if config.loss.use_adaptive_entropy else None
     parts = Parts(
         model=model,
@@ -126,11 +123,10 @@ def rehearsed(config: TrainConfig, parts: Parts) -> Plan:
         prompt_length=longest_prompt(parts.prompts),
         completion_length=config.max_completion_length,
     )
-    trained = [p for p in parts.model.parameters() if p.requires_grad]
     options = parts.step_options(config) | {
         "loss": config.step_loss,
-        # The two moments of AdamW come with its first step.
-        "reserved": 2 * sum(p.nbytes for p in trained),
+        # They come with the first step.
+        "reserved": state_bytes(parts.model.parameters(), config),
     }
     del options["token_budget"]
     with parts.autocast(config):
@@ -202,7 +198,7 @@ def restore(
 
 def check_same_run(config: TrainConfig, state: dict, path: Path) -> None:
     """A resumed run must be the run that was saved."""
-    before, now = state["config"], saved_config(config)
+    before, now = _with_later_options(state["config"]), saved_config(config)
     changed = [name for name in now if name not in RESUMABLE and before.get(name) != now[name]]
     if changed:
         name = changed[0]
@@ -216,6 +212,12 @@ def check_same_run(config: TrainConfig, state: dict, path: Path) -> None:
             f"{path} was made with another content of {config.dataset}: put the file back, or "
             "start a new run"
         )
+
+
+def _with_later_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a run of before there was an option did, under the option's name."""
+    rounded = saved["dtype"] == "bfloat16"
+    return {"optimizer": "adamw", "update_precision": "none" if rounded else "master"} | saved
 
 
 def saved_config(config: TrainConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ALLOWED = {
     "presets": LEAVES,
     "advantage_config": set(),
     "config": {"advantage_config", "errors", "loss_config"},
+    "optimizer": {"config", "errors"},
     "plugins": {"errors"},
     "reference": {"loss_config", "reference_advantage", "reference_loss"},
     "reference_advantage": set(),

@@ -115,6 +115,18 @@ def test_loss_options_at_their_limits_are_taken():
         ),
         ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "float16"}, "choose one of auto, float32, bfloat16"),
+        ({"optimizer": "adam8bit"}, "choose one of adamw, adamw_8bit"),
+        ({"update_precision": "nearest"}, "choose one of master, stochastic, none"),
+        (
+            {"update_precision": "stochastic"},
+            "update_precision = 'stochastic' has no effect on the float32 parameters of dtype = "
+            "'auto': leave it out, or set dtype bfloat16",
+        ),
+        ({"update_precision": "none", "dtype": "float32"}, "dtype = 'float32': leave it out"),
+        (
+            {"optimizer": "adamw_8bit", "dtype": "bfloat16"},
+            "has no master copies of bfloat16 parameters, found update_precision = 'master': set",
+        ),
         ({"checkpointing": "layers"}, "choose one of auto, on, off, offload"),
         ({"loss": LossConfig(temperature=0.5)}, "loss.temperature = 0.5 contradicts temperature"),
         ({"loss": LossConfig(max_completion_length=9)}, "contradicts max_completion_length"),
@@ -140,6 +152,15 @@ def test_a_run_option_out_of_range_is_named(options, words):
         TrainConfig(**(NEEDED | options))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_precisions_that_go_together_are_taken():
+    for precision in ("master", "stochastic", "none"):
+        TrainConfig(**NEEDED, dtype="bfloat16", update_precision=precision)
+    for precision in ("stochastic", "none"):
+        options = {"dtype": "bfloat16", "update_precision": precision}
+        TrainConfig(**NEEDED, optimizer="adamw_8bit", **options)
+    TrainConfig(**NEEDED, optimizer="adamw_8bit")
 
 
 def test_one_reward_may_be_a_plain_string():

@@ -111,7 +111,7 @@ def test_every_dependency_earns_its_line():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     peers = (ROOT / "tests/parity/peers.txt").read_text(encoding="utf-8").splitlines()
-    declared = project["dependencies"] + extras["dev"] + extras["flash-attn"]
+    declared = project["dependencies"] + extras["dev"] + extras["flash-attn"] + extras["8bit"]
     declared += [line for line in peers if not line.startswith("#")]
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for requirement in declared:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,19 +172,31 @@ ADAPTIVE = {
 }
 
 
-@pytest.mark.parametrize("stop_at, several", [(2, False), (3, True)])
-def test_resume_is_the_uninterrupted_run_bit_for_bit(
-    world, tmp_path, stop_at, several, monkeypatch
-):
-    """A checkpoint step and one between; a plain run, and one whose entropy bonus has a state."""
-    changes = {"max_steps": 6}
-    if several:
-        changes |= {
-            "reward": tuple(f"{world}/rewards.py:{name}" for name in ("many_a", "short")),
-            "reward_weights": (1.0, 0.5),
-            "multi_objective_aggregation": "normalize_then_sum",
-            "loss": LossConfig(**ADAPTIVE),
-        }
+RESUMED = {
+    "plain": {},
+    "several": {
+        "reward_weights": (1.0, 0.5),
+        "multi_objective_aggregation": "normalize_then_sum",
+        "loss": LossConfig(**ADAPTIVE),
+    },
+    "master": {"dtype": "bfloat16", "learning_rate": 1e-4},
+    "stochastic": {
+        "dtype": "bfloat16",
+        "learning_rate": 1e-4,
+        "update_precision": "stochastic",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "stop_at, kind", [(2, "plain"), (3, "several"), (3, "master"), (2, "stochastic")]
+)
+def test_resume_is_the_uninterrupted_run_bit_for_bit(world, tmp_path, stop_at, kind, monkeypatch):
+    """A checkpoint step and one between; a plain run, one whose entropy bonus has a state, and
+    bfloat16 ones whose weights follow from more than themselves."""
+    changes = {"max_steps": 6, **RESUMED[kind]}
+    if kind == "several":
+        changes["reward"] = tuple(f"{world}/rewards.py:{name}" for name in ("many_a", "short"))
     whole = tmp_path / "whole"
     train(config_of(world, whole, **changes))
     parts = tmp_path / "parts"
@@ -318,6 +331,36 @@ def test_resume_refuses_another_run(world, tmp_path):
         train(config_of(world, tmp_path / "run", group_size=4, resume=True))
 
 
+def forget(output: Path, *names: str) -> None:
+    """Make the checkpoint one of before these options."""
+    path = output / "checkpoints/step-000002/state.json"
+    record = json.loads(path.read_text())
+    for name in names:
+        del record["state"]["config"][name]
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("dtype, precision", [("auto", "master"), ("bfloat16", "none")])
+def test_a_run_of_before_there_were_precisions_goes_on(world, tmp_path, dtype, precision):
+    """Float32 parameters as they were; bfloat16 ones had torch's AdamW, which is now `none`."""
+    options = {"dtype": dtype, "update_precision": precision, "max_steps": 2, "eval_every": 0}
+    train(config_of(world, tmp_path / "run", **options))
+    forget(tmp_path / "run", "optimizer", "update_precision")
+    result = train(config_of(world, tmp_path / "run", resume=True, **options | {"max_steps": 3}))
+    assert result.step == 3
+
+
+@pytest.mark.parametrize("forgotten", [(), ("optimizer", "update_precision")])
+def test_resume_refuses_another_precision(world, tmp_path, forgotten):
+    options = {"dtype": "bfloat16", "max_steps": 2, "eval_every": 0}
+    train(config_of(world, tmp_path / "run", update_precision="none", **options))
+    forget(tmp_path / "run", *forgotten)
+    with pytest.raises(
+        CheckpointError, match="with update_precision = 'none', this run has 'master' .*put it back"
+    ):
+        train(config_of(world, tmp_path / "run", resume=True, **options))
+
+
 def test_micro_batching_changes_nothing_but_rounding(world, tmp_path):
     for budget in (16, 4096):
         train(config_of(world, tmp_path / str(budget), token_budget=budget, max_steps=2))
@@ -359,6 +402,11 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(world, tmp_
 BAD = {
     "model": ({"model": "/nowhere"}, ConfigError, "/nowhere"),
     "data": ({"dataset": "/nowhere.jsonl"}, GrpoFastError, "/nowhere.jsonl"),
+    "no-torchao": (
+        {"optimizer": "adamw_8bit", "model": "/nowhere"},
+        ConfigError,
+        "'adamw_8bit' needs torchao",
+    ),
     "reward-file": ({"reward": ("/nowhere.py:f",)}, GrpoFastError, "/nowhere.py"),
     "reward-name": ({"reward": ("REWARDS:many_b",)}, GrpoFastError, "many_b.*many_a"),
     "reward-raises": ({"reward": ("REWARDS:broken",)}, RewardError, "broken.*KeyError"),
@@ -370,7 +418,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line(world, tmp_path, changes, error, message):
+def test_bad_input_is_one_line(world, tmp_path, changes, error, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
     if "reward" in changes:
         name = changes["reward"][0].replace("REWARDS", f"{world}/rewards.py")
         changes = {"reward": (name,)}
