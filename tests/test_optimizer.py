@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_bench.hosts import PEERS
 from grpo_fast import CheckpointError, ConfigError, InputError
 from grpo_fast import optimizer as optimizer_module
 from grpo_fast.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint
@@ -572,6 +573,15 @@ def test_moments_in_parts_come_back_bit_for_bit(torchao, model, tmp_path):
         assert torch.equal(now["exp_avg"].low, was["exp_avg"].low)
 
 
+@pytest.fixture
+def real_torchao(monkeypatch):
+    """The real one, which `make test` brings: beside everything else it would print at imports."""
+    if not PEERS.is_dir():
+        pytest.skip("torchao comes with `make test`")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(PEERS)])
+
+
+@pytest.mark.usefixtures("real_torchao")
 @pytest.mark.parametrize("precision", ["stochastic", "none"])
 def test_torchao_lands_stochastically_and_loses_without(precision):
     config = config_of(precision, optimizer="adamw_8bit")
@@ -587,6 +597,7 @@ def test_torchao_lands_stochastically_and_loses_without(precision):
     assert nbytes(optimizer, parameter) == pytest.approx(6, abs=0.1)
 
 
+@pytest.mark.usefixtures("real_torchao")
 @pytest.mark.parametrize("precision", ["stochastic", "none"])
 def test_torchao_goes_on_bit_for_bit(precision, tmp_path):
     """A moment in parts, one too short for them, and noise from the seed of the step."""
