@@ -28,7 +28,7 @@ from grpo_fast.config_file import read_config
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds a part may take; together under eight minutes.
 LIMITS = {"kernels": 170, "timing": 170, "demo": 130}
-TESTS = ("tests/kernels", "tests/test_ops.py")
+TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_attention_gpu.py")
 # What a part says when it fails, kept in the results.
 TAIL_CHARACTERS = 6000
 SCHEMA = 1

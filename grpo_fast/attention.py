@@ -17,11 +17,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .attention_backends import Backend, Needs, Scoring, pick_backend
+from .attention_backends import Backend, Scoring
+from .attention_choice import Needs, pick_backend
 from .errors import ConfigError, InputError
 from .layout import Layout, Leaf, PromptLeaves
 
 NAME = "grpo_fast"
+# What a layer may hand over, and what it asks for with that: nothing that is computed here.
+REFUSED = {
+    "s_aux": "sinks",
+    "sinks": "sinks",
+    "position_bias": "a position bias",
+    "indices": "keys that it picks itself",
+    "block_indices": "keys that it picks itself",
+}
 
 
 class MergedAttention(torch.autograd.Function):
@@ -110,14 +119,17 @@ def packed_attention(
     *,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
     grpo_layout: Layout | None = None,
-    **_: object,
+    **given: object,
 ) -> tuple[Tensor, None]:
     """What a transformers attention layer calls under the name NAME: query [1, Hq, T, d], key and
     value [1, Hk, T, d] -> ([1, T, Hq, d], None)."""
-    layout = _checked(module, grpo_layout, attention_mask, dropout, s_aux, position_bias)
+    layout = _checked(module, grpo_layout, attention_mask, dropout, given)
+    if query.shape[2] != key.shape[2]:
+        raise ConfigError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys from {query.shape[2]} tokens, "
+            "and a packed row has a key for each token: use a model without keys of its own"
+        )
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     q, k, v = (x[0].to(dtype) for x in (query, key, value))
@@ -137,6 +149,7 @@ def packed_attention(
         _check_graph(module, layout.capture)
         layout.capture.layers[module] = Leaf(k, v)
     layout.layers += 1
+    layout.windowed += sliding_window is not None
     leaf = None if layout.leaves is None else layout.leaves.layers[module]
     scoring = Scoring(scale, True, softcap, window)
     # The cast is done: a backend computes in the dtypes that it is given, both ways.
@@ -145,7 +158,7 @@ def packed_attention(
     return out.transpose(0, 1)[None], None
 
 
-def _checked(module, layout, attention_mask, dropout, s_aux, position_bias) -> Layout:
+def _checked(module, layout, attention_mask, dropout, given) -> Layout:
     """Whatever this attention does not compute is refused by name."""
     name = type(module).__name__
     if layout is None:
@@ -153,12 +166,15 @@ def _checked(module, layout, attention_mask, dropout, s_aux, position_bias) -> L
             f"{name} was called with attention '{NAME}' but without the layout of a packed row: "
             "call the model through grpo_backward or group_logprobs"
         )
-    if s_aux is not None or position_bias is not None:
-        raise ConfigError(
-            f"{name} attends with {'sinks' if s_aux is not None else 'a position bias'}, which "
-            "packed attention does not compute: use a model without it"
-        )
-    if attention_mask is not None or not getattr(module, "is_causal", True):
+    for argument, meaning in REFUSED.items():
+        if given.get(argument) is not None:
+            raise ConfigError(
+                f"{name} attends with {meaning} ({argument}), which packed attention does not "
+                "compute: use a model without it"
+            )
+    causal = given.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is not None or not causal:
         raise ConfigError(
             f"{name} attends under a mask of its own, or not causally, and a packed row has its "
             "own order: use a causal language model"
@@ -185,6 +201,7 @@ def using_packed_attention(model) -> Iterator[None]:
     """`model` attends by `packed_attention` for a while, backward included."""
     from transformers import AttentionInterface
 
+    _check_kinds(model)
     AttentionInterface.register(NAME, packed_attention)
     config = model.get_decoder().config
     before = config._attn_implementation
@@ -205,9 +222,27 @@ def window_of(model) -> int | None:
     return window if kinds is None or "sliding_attention" in kinds else None
 
 
+def _check_kinds(model) -> None:
+    """Layers of other kinds may ask for attention and still mix tokens in ways of their own."""
+    kinds = set(getattr(model.get_decoder().config, "layer_types", None) or ())
+    if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
+        raise ConfigError(
+            f"{type(model).__name__} has layers of the kind '{other[0]}', which would mix the "
+            "sequences of a packed row: use a model of full or sliding-window attention layers"
+        )
+
+
 def check_layers(model, layout: Layout) -> None:
-    """After a forward: every layer must have asked for attention, or some mix tokens otherwise."""
-    config = model.get_decoder().config
+    """After a forward: every layer must have asked for attention, or some mix tokens otherwise; and
+    for its window, or it is told to them by a mask, which a packed row has none of."""
+    config, window = model.get_decoder().config, window_of(model)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        window = config.attention_chunk_size
+    if window is not None and window < layout.longest and not layout.windowed:
+        raise ConfigError(
+            f"{type(model).__name__} sees {window} tokens by a mask of its own, and a sequence has "
+            f"{layout.longest}: use shorter sequences, or a model that tells its layers the window"
+        )
     if layout.layers != config.num_hidden_layers:
         raise ConfigError(
             f"{layout.layers} of the {config.num_hidden_layers} layers of {type(model).__name__} "

@@ -7,20 +7,17 @@ Shapes: q, out [Hq, Tq, d], k, v [Hk, Tk, d], lse [Hq, Tq] float32 (float64 for 
 head reads key head `h // (Hq / Hk)`.
 """
 
-import functools
-import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, nearest
 from .layout import Spans
 
-log = logging.getLogger("grpo_fast")
 aten = torch.ops.aten
-# At 1 the CUDA kernel would take every segment for a step of decoding, of exactly one query.
+# The least bound on a query range: at 1 flash-attn 2 (PyTorch's is one) would take every range for
+# a step of decoding, of exactly one query, and a prompt whose completions are all empty has none.
 LEAST_QUERIES = 2
 # Query rows of one tile of scores of `tiles`.
 TILE = 256
@@ -56,6 +53,13 @@ class Backend(Protocol):
         spans: Spans,
         scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def segments_of(cu: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(segment, position in it), each [tokens], of every token of segments that start at `cu`."""
+    token = torch.arange(tokens, dtype=cu.dtype, device=cu.device)
+    segment = torch.searchsorted(cu, token, right=True) - 1
+    return segment, token - cu[segment]
 
 
 def _by_key_head(q: Tensor, heads: int) -> Tensor:
@@ -225,68 +229,57 @@ class CUDAFlash:
         return tuple(x.transpose(0, 1) for x in found)
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a model asks of an attention backend."""
+class Efficient:
+    """PyTorch's memory-efficient kernels on CUDA: float32 and heads of any size, at the price of
+    keys copied for each query head that reads them."""
 
-    device: str
-    dtype: torch.dtype
-    head_dim: int
-    value_dim: int
-    softcap: bool = False
-    window: int | None = None
-    """Of a layer that sees fewer tokens than the longest sequence has."""
+    @staticmethod
+    def _tokens_first(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """[1, T, Hq, d] of each."""
+        heads = len(q) // len(k)
+        k, v = (x[:, None].expand(-1, heads, -1, -1).flatten(0, 1) for x in (k, v))
+        return [x.transpose(0, 1)[None] for x in (q, k, v)]
 
-
-def _cpu_flash(needs: Needs) -> str | None:
-    if needs.device != "cpu":
-        return "it runs on a CPU"
-    if needs.softcap or needs.window is not None:
-        return "it has no softcap and no window"
-    return _unequal_heads(needs)
-
-
-def _cuda_flash(needs: Needs) -> str | None:
-    if needs.device != "cuda":
-        return "it runs on CUDA"
-    if needs.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {needs.dtype}"
-    if needs.head_dim % 8 or needs.head_dim > 256:
-        return f"it takes heads of at most 256, a multiple of 8, not {needs.head_dim}"
-    return "it has no softcap" if needs.softcap else _unequal_heads(needs)
-
-
-def _unequal_heads(needs: Needs) -> str | None:
-    if needs.head_dim == needs.value_dim:
-        return None
-    return f"its values are as wide as its keys, not {needs.value_dim} and {needs.head_dim}"
-
-
-# In the order of preference: (name, class, why not).
-BACKENDS = {
-    "flash": (CUDAFlash, _cuda_flash),
-    "cpu_flash": (CPUFlash, _cpu_flash),
-    "tiles": (Tiles, lambda needs: None),
-}
-NAMES = ("auto", *BACKENDS)
-
-
-@functools.cache
-def pick_backend(name: str, needs: Needs) -> Backend:
-    """The first backend that can do what is needed, or the named one; logged once a choice."""
-    if name not in NAMES:
-        raise ConfigError(
-            f"attention = {name!r} is not available: {nearest(name, NAMES)}choose one of "
-            f"{', '.join(NAMES)}"
+    def forward(self, q, k, v, spans, scoring):
+        found = aten._efficient_attention_forward(
+            *self._tokens_first(q, k, v),
+            None,
+            spans.cu_queries,
+            spans.cu_keys,
+            spans.longest_query,
+            spans.longest_key,
+            0.0,
+            int(scoring.causal),
+            True,
+            scale=scoring.scale,
         )
-    if name != "auto":
-        made, why_not = BACKENDS[name]
-        problem = why_not(needs)
-        if problem is not None:
-            raise ConfigError(f"attention = {name!r} cannot serve this model: {problem}")
-        return made()
-    for found, (made, why_not) in BACKENDS.items():
-        if why_not(needs) is None:
-            log.info("attention='auto' is '%s' for %s on %s", found, needs.dtype, needs.device)
-            return made()
-    raise AssertionError("tiles can do everything")
+        segment, at = segments_of(spans.cu_queries, q.shape[1])
+        return found[0][0].transpose(0, 1), found[1][segment, :, at].T
+
+    def backward(self, grad, q, k, v, out, lse, spans, scoring):
+        # [B, Hq, longest, in blocks of 32]; infinity is the weight 0 of a row that is not there.
+        longest = -(-spans.longest_query // 32) * 32
+        padded = lse.new_full((len(spans.queries), len(q), longest), torch.inf)
+        segment, at = segments_of(spans.cu_queries, q.shape[1])
+        padded[segment, :, at] = lse.T
+        # Without dropout the kernel reads no random state.
+        state = torch.empty(2, dtype=torch.int64, device=q.device)
+        found = aten._efficient_attention_backward(
+            grad.transpose(0, 1)[None],
+            *self._tokens_first(q, k, v),
+            None,
+            out.transpose(0, 1).contiguous()[None],
+            spans.cu_queries,
+            spans.cu_keys,
+            spans.longest_query,
+            spans.longest_key,
+            padded,
+            0.0,
+            state[0],
+            state[1],
+            int(scoring.causal),
+            False,
+            scale=scoring.scale,
+        )
+        dq, dk, dv = (x[0].transpose(0, 1) for x in found[:3])
+        return dq, *(x.unflatten(0, (len(k), -1)).sum(1) for x in (dk, dv))

@@ -68,7 +68,7 @@ class TrainConfig:
     """Compute layers again in the backward: `off`, `on`, `offload` (what enters a layer waits in
     CPU memory), or `auto`, the first of these that fits."""
     attention: str = "auto"
-    """Who computes attention in a training step, of `grpo_fast.attention_backends`."""
+    """Who computes attention in a training step, of `grpo_fast.attention_choice`."""
     max_prompt_length: int = 1024
     """Longest prompt in tokens; a longer one is refused by row."""
     max_completion_length: int = 256

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines anywhere else."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,20 @@ _COLUMNS = (
 )
 
 
+class _Notes(logging.Handler):
+    """What the package logs, as notes of a run: which implementation 'auto' is."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(self.format(record))
+
+
 class Progress:
-    """Progress of `total_steps` steps on `console` (default: standard output).
+    """Progress of `total_steps` steps on `console` (default: standard output), and between its
+    lines what the package logs.
 
     with Progress(200) as progress:
         progress.start(0)
@@ -46,9 +59,17 @@ class Progress:
         self._started = self._reported = clock()
 
     def __enter__(self) -> "Progress":
+        log = logging.getLogger("grpo_fast")
+        self._logged = _Notes(self.note), log.level
+        log.addHandler(self._logged[0])
+        log.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
+        log = logging.getLogger("grpo_fast")
+        notes, level = self._logged
+        log.removeHandler(notes)
+        log.setLevel(level)
         self.stop()
 
     @property

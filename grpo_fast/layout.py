@@ -70,13 +70,15 @@ class Layout:
     longest_shared: int
     """The same of those that share a prompt."""
     backend: str = "auto"
-    """`attention_backends.NAMES`."""
+    """`attention_choice.NAMES`."""
     leaves: "PromptLeaves | None" = None
     """Where the keys and values of a prompt lie that another row has forwarded."""
     capture: "PromptLeaves | None" = None
     """Where this row, a prompt, leaves its keys and values."""
     layers: int = 0
     """Attention layers that have asked: fewer than the model has means that some never did."""
+    windowed: int = 0
+    """Those of them that asked for a window."""
 
 
 @dataclass(slots=True)

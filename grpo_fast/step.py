@@ -65,7 +65,7 @@ def grpo_backward(
     which is that of all groups together. `checkpointing`: `on` computes every layer again in the
     backward instead of keeping it, `offload` also keeps what enters a layer in CPU memory, `off`
     keeps everything, `auto` is the first of off, on and offload that should fit (`plan_memory`
-    measures instead). `attention`: a backend of `attention_backends`, `impl`: of the loss.
+    measures instead). `attention`: a backend of `attention_choice`, `impl`: of the loss.
 
     model: a causal language model of transformers, or a peft LoRA model around one. Raises
     InputError for groups that do not fit together, ConfigError for a budget below the longest

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from grpo_fast import ConfigError
-from grpo_fast.attention import MergedAttention, packed_attention
-from grpo_fast.attention_backends import (
-    BACKENDS,
-    CPUFlash,
-    Needs,
-    Scoring,
-    Tiles,
-    pick_backend,
-)
+from grpo_fast.attention import MergedAttention, check_layers, packed_attention
+from grpo_fast.attention_backends import CPUFlash, Scoring, Tiles
 from grpo_fast.layout import Leaf, PromptLeaves, chunk_layout, row_layout
 
 CPU = torch.device("cpu")
@@ -183,24 +176,6 @@ def test_merging_through_autograd_would_be_wrong():
         assert (mine - theirs).norm() > 0.05 * theirs.norm()
 
 
-def test_the_first_backend_that_can_is_picked():
-    flash = Needs("cuda", torch.bfloat16, 64, 64)
-    assert type(pick_backend("auto", flash)).__name__ == "CUDAFlash"
-    assert type(pick_backend("auto", Needs("cuda", torch.float32, 64, 64))).__name__ == "Tiles"
-    assert type(pick_backend("auto", Needs("cpu", torch.float32, 64, 64))).__name__ == "CPUFlash"
-    capped = Needs("cpu", torch.float32, 64, 64, softcap=True)
-    assert type(pick_backend("auto", capped)).__name__ == "Tiles"
-    with pytest.raises(ConfigError, match="'cpu_flash' cannot serve this model: it has no softcap"):
-        pick_backend("cpu_flash", capped)
-    with pytest.raises(ConfigError, match="attention = 'flsh' is not available: did you mean"):
-        pick_backend("flsh", flash)
-    wide = Needs("cpu", torch.float32, 64, 128)
-    assert type(pick_backend("auto", wide)).__name__ == "Tiles"
-    with pytest.raises(ConfigError, match="values are as wide as its keys, not 128 and 64"):
-        pick_backend("cpu_flash", wide)
-    assert set(BACKENDS) == {"flash", "cpu_flash", "tiles"}
-
-
 def test_autocast_around_a_call_is_the_call_on_cast_inputs():
     wide = qkv(len(visible(*ROW)), torch.float32)
     half = [x.detach().bfloat16().requires_grad_() for x in wide]
@@ -221,3 +196,62 @@ def test_autocast_around_a_call_is_the_call_on_cast_inputs():
     assert found[0].dtype == torch.bfloat16
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.float(), other.float())
+
+
+def call(layout=None, **given):
+    q, k, v = (x[None] for x in qkv(len(visible(*ROW))))
+    layer = SimpleNamespace(is_causal=given.pop("causal", True))
+    keys = given.pop("keys", None)
+    layout = row_layout(*ROW, CPU) if layout is None else layout
+    mask = given.pop("attention_mask", None)
+    return packed_attention(layer, q, k[:, :, :keys], v, mask, grpo_layout=layout, **given)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"s_aux": torch.zeros(HQ)}, "sinks"),
+        ({"sinks": torch.zeros(HQ)}, "sinks"),
+        ({"position_bias": torch.zeros(1)}, "a position bias"),
+        ({"indices": torch.zeros(1)}, "keys that it picks itself"),
+        ({"block_indices": torch.zeros(1)}, "keys that it picks itself"),
+        ({"is_causal": False}, "not causally"),
+        ({"causal": False}, "not causally"),
+        ({"attention_mask": torch.zeros(1)}, "under a mask of its own"),
+        ({"dropout": 0.1}, "drops attention weights"),
+        ({"keys": 5}, "attends to 5 keys from 34 tokens"),
+    ],
+)
+def test_what_is_not_computed_is_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        call(**given)
+
+
+def test_what_changes_nothing_is_let_through():
+    out, _ = call()
+    for given in ({"s_aux": None}, {"is_causal": True, "position_ids": 1}, {"is_causal": None}):
+        assert torch.equal(call(**given)[0], out)
+
+
+@pytest.mark.parametrize(
+    "config, windowed, words",
+    [
+        ({"sliding_window": 6}, 0, "sees 6 tokens by a mask of its own, and a sequence has 10"),
+        ({"sliding_window": 6}, 2, None),
+        ({"sliding_window": 10}, 0, None),
+        ({"layer_types": ["chunked_attention"], "attention_chunk_size": 6}, 0, "sees 6 tokens"),
+        ({"layer_types": ["chunked_attention"], "attention_chunk_size": 10}, 0, None),
+        ({"num_hidden_layers": 3}, 0, "2 of the 3 layers"),
+    ],
+)
+def test_layers_must_ask_for_attention_and_for_their_window(config, windowed, words):
+    config = SimpleNamespace(**{"num_hidden_layers": 2} | config)
+    model = SimpleNamespace(get_decoder=lambda: SimpleNamespace(config=config))
+    layout = row_layout(*ROW, CPU)
+    assert layout.longest == 10
+    layout.layers, layout.windowed = 2, windowed
+    if words is None:
+        check_layers(model, layout)
+    else:
+        with pytest.raises(ConfigError, match=words):
+            check_layers(model, layout)

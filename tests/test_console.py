@@ -1,6 +1,7 @@
 """Progress on a terminal and on a pipe, seen through a captured console."""
 
 import io
+import logging
 import math
 import re
 
@@ -49,6 +50,17 @@ def test_a_pipe_gets_one_plain_line_a_step(clock):
         "step 12/200 | reward 0.53 | kl 0.0012 | clip 0.031 | entropy 0.61 | 5,300 tok/s | "
         "1:34 left\n"
     )
+
+
+def test_what_the_package_logs_is_a_line_while_the_run_goes_on(clock):
+    log = logging.getLogger("grpo_fast")
+    before = log.level, list(log.handlers)
+    bar, file = progress(clock)
+    with bar:
+        log.info("attention='auto' is '%s'", "tiles")
+    log.warning("unseen")
+    assert file.getvalue() == "attention='auto' is 'tiles'\n"
+    assert (log.level, log.handlers) == before
 
 
 def test_what_was_not_measured_is_a_dash_and_a_nan_is_a_nan(clock):

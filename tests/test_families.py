@@ -299,3 +299,42 @@ def test_a_head_that_is_not_what_its_config_says_is_refused():
     model.lm_head.forward = lambda x: 1.05 * forward(x)
     with pytest.raises(ConfigError, match="are not hidden @ weight.T"):
         grpo_backward(model, ragged_groups())
+
+
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+# (class, what differs from SMALL, what the refusal says)
+REFUSED = {
+    "sinks": ("GptOss", EXPERTS | {"head_dim": 8, "num_local_experts": 4}, "sinks"),
+    "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "kind 'conv'"),
+    "recurrence": (
+        "Qwen3Next",
+        EXPERTS | {"layer_types": ["linear_attention"] * 2 + ["full_attention"], "num_experts": 4},
+        "kind 'linear_attention'",
+    ),
+    "state space": (
+        "FalconH1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "kind 'hybrid'",
+    ),
+    "a window by mask": (
+        "Qwen2Moe",
+        EXPERTS
+        | {
+            "num_experts": 4,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "max_window_layers": 3,
+        },
+        "sees 12 tokens by a mask of its own, and a sequence has 1[56]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_packed_row_would_get_wrong_is_refused_by_name(name, monkeypatch):
+    kind, options, words = REFUSED[name]
+    monkeypatch.setitem(FAMILIES, name, (kind, options))
+    model = family_model(name)
+    for sharing in ("off", "on"):
+        with pytest.raises(ConfigError, match=words):
+            grpo_backward(model, ragged_groups(), loss=CONFIG, share_prompts=sharing)
