@@ -108,10 +108,13 @@ def make_groups(
     completion_ids: Sequence[Sequence[int]],
     *,
     group_size: int,
+    prompt_masks: Sequence[Sequence[int]] | None = None,
     **known: Sequence,
 ) -> list[Group]:
     """Sequences as most trainers hold them, one prompt each and `group_size` neighbours to a group,
-    as groups. `known`: the other fields of Group, one entry a sequence.
+    as groups. `prompt_masks`: 0 at the padding of prompts, left or right, which is taken off, so
+    that every prompt starts at position 0. `known`: the other fields of Group, one entry a
+    sequence.
 
     Raises InputError for a group whose prompts differ: they would be trained behind the first one.
     """
@@ -120,9 +123,17 @@ def make_groups(
         raise InputError(
             f"{count} completions are no multiple of group_size = {group_size}: pass whole groups"
         )
-    for name, values in {"prompt_ids": prompt_ids, **known}.items():
+    per_sequence = {"prompt_ids": prompt_ids, **known}
+    if prompt_masks is not None:
+        per_sequence["prompt_masks"] = prompt_masks
+    for name, values in per_sequence.items():
         if len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} completions")
+    if prompt_masks is not None:
+        prompt_ids = [
+            _unpadded(i, ids, mask)
+            for i, (ids, mask) in enumerate(zip(prompt_ids, prompt_masks, strict=True))
+        ]
     made = []
     for start in range(0, count, group_size):
         prompt = list(prompt_ids[start])
@@ -136,3 +147,16 @@ def make_groups(
         fields = {name: values[members] for name, values in known.items()}
         made.append(Group(prompt_ids=prompt, completion_ids=completion_ids[members], **fields))
     return made
+
+
+def _unpadded(i: int, ids: Sequence[int], mask: Sequence[int]) -> Sequence[int]:
+    """Prompt `i` without its padding on either side."""
+    real = torch.as_tensor(mask).bool().nonzero().flatten()
+    whole = len(real) > 0 and int(real[-1] - real[0]) + 1 == len(real)
+    if len(mask) != len(ids) or not whole:
+        raise InputError(
+            f"prompt_masks[{i}] has {len(real)} tokens in {len(mask)} places for {len(ids)} ids: "
+            "expected one place an id, and tokens without a gap; pass prompts as they are sampled "
+            "from"
+        )
+    return ids[int(real[0]) : int(real[-1]) + 1]

@@ -192,7 +192,8 @@ class LossConfig(Numbered):
     """Entropy, in nats, at or below which the bonus acts."""
     skip_zero_advantage: bool = True
     """In training, tokens with advantage 0 and neither KL nor entropy bonus enter no product: their
-    log-probs and entropy are NaN, not measured, and metrics leave them out."""
+    log-probs and entropy are NaN, not measured, and metrics leave them out; `grpo_backward` does
+    not even forward completions of such tokens, nor fully masked ones."""
     temperature: float = 1.0
     """Log-probs are log_softmax(logits / temperature), as sampled."""
     max_completion_length: int | None = None

@@ -122,7 +122,11 @@ def _teaching(
         group = groups[member.group]
         values = advantages[member.group]
         empty = not len(group.completion_ids[member.index])
-        if empty or (config is not None and not group.live_tokens(member.index)):
+        if empty or (
+            config is not None
+            and config.skip_zero_advantage
+            and not group.live_tokens(member.index)
+        ):
             packing.masked.append(member)
         elif values is not None and values[member.index] == 0:
             packing.dead.append(member)

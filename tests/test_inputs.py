@@ -74,19 +74,23 @@ BAD = {
         PACKED | {"config": LossConfig(loss_type="grpo"), "advantages": torch.ones(S * L)},
         r"loss_type 'grpo' \(sequence_mean\) works per sequence: pass cu_seqlens",
     ),
-    "cu-start": (
+    "c1-cu-start": (
         PACKED | {"cu_seqlens": torch.tensor([1, 3, 6])},
         "from 1 to 6, expected from 0 to 6",
     ),
-    "cu-end": (
+    "c1-cu-end": (
         PACKED | {"cu_seqlens": torch.tensor([0, 3, 5])},
         "from 0 to 5, expected from 0 to 6",
     ),
-    "cu-order": (
+    "c1-cu-order": (
         PACKED | {"cu_seqlens": torch.tensor([0, 4, 3, 6])},
         r"cu_seqlens\[2\] = 3 is below cu_seqlens\[1\] = 4",
     ),
-    "cu-float": (PACKED | {"cu_seqlens": torch.tensor([0.0, 6.0])}, "int32 or int64"),
+    "c1-cu-device": (
+        PACKED | {"cu_seqlens": torch.tensor([0, 3, 6], device="meta")},
+        r"cu_seqlens is on meta, expected cpu: move it with .to\('cpu'\)",
+    ),
+    "c1-cu-float": (PACKED | {"cu_seqlens": torch.tensor([0.0, 6.0])}, "int32 or int64"),
     "advantages-packed": (PACKED, r"advantages has shape \(2,\).*or cu_seqlens beside it"),
 }
 

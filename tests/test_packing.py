@@ -207,7 +207,32 @@ def test_some_groups_with_old_logprobs_and_some_without():
         collate(groups, parts, [1, 1], CPU)
 
 
-# Cases C6 to C8 of the fault catalogue.
+# Cases C4 and C6 to C8 of the fault catalogue.
+
+
+def test_c4_padding_of_prompts_is_taken_off_and_shifts_no_position():
+    ids = torch.tensor([[0, 0, 5, 6], [0, 0, 5, 6], [7, 8, 9, 0], [7, 8, 9, 0]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
+    completions = [[11, 12], [13], [14, 15], [16]]
+    options = {"group_size": 2, "rewards": [1.0, 0.0, 0.0, 1.0]}
+    padded = make_groups(ids, completions, prompt_masks=mask, **options)
+    plain = make_groups([[5, 6]] * 2 + [[7, 8, 9]] * 2, completions, **options)
+    rows = []
+    for groups in (padded, plain):
+        (parts,) = pack(groups, None, 100).rows
+        rows.append(collate(groups, parts, [1, 1], CPU))
+    assert torch.equal(rows[0].input_ids, rows[1].input_ids)
+    assert torch.equal(rows[0].position_ids, rows[1].position_ids)
+    for wrong in ([1, 0, 1, 1], [0, 0, 0, 0], [1, 1]):
+        with pytest.raises(InputError, match=r"prompt_masks\[0\] has .*tokens without a gap"):
+            make_groups(
+                [[5, 6, 7, 8]] * 2,
+                [[1], [2]],
+                prompt_masks=[wrong] * 2,
+                **options | {"rewards": [0.0, 1.0]},
+            )
+    with pytest.raises(InputError, match="prompt_masks has 1 entries for 4 completions"):
+        make_groups(ids, completions, prompt_masks=mask[:1], **options)
 
 
 def test_c6_a_sequence_above_the_budget_is_refused_and_never_cut():

@@ -227,6 +227,50 @@ def test_c2_a_completion_of_one_token_needs_no_row_of_its_own(model):
         assert float(output.metrics["batch/forwarded_tokens_per_step"]) == 3
 
 
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_c2_an_empty_completion_adds_nothing_and_moves_no_bit_of_its_neighbours(model, share):
+    whole = dataclasses.replace(make_groups()[0], completion_masks=None)
+    completions = [whole.completion_ids[0], [], *whole.completion_ids[1:]]
+    advantages = torch.cat([whole.advantages[:1], torch.tensor([9.0]), whole.advantages[1:]])
+    gap = dataclasses.replace(whole, completion_ids=completions, advantages=advantages)
+    found = []
+    for group in (whole, gap):
+        model.zero_grad()
+        output = grpo_backward(model, [group], share_prompts=share)
+        found.append((output, [p.grad.clone() for p in model.parameters()]))
+    (without, gradients), (with_gap, same) = found
+    assert without.loss == with_gap.loss
+    assert with_gap.logprobs[1].shape == (0,)
+    assert float(with_gap.metrics["batch/dropped_masked"]) == 1
+    for one, other in zip(
+        without.logprobs, with_gap.logprobs[:1] + with_gap.logprobs[2:], strict=True
+    ):
+        assert torch.equal(one, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_c3_packed_padded_and_one_by_one_give_the_same_logprobs():
+    torch.manual_seed(0)
+    model, groups = tiny_model().eval(), make_groups()
+    alone = [
+        loop_logprobs(model, group, k)[1].detach()
+        for group in groups
+        for k in range(len(group.completion_ids))
+    ]
+    rows = [[*g.prompt_ids, *c] for g in groups for c in g.completion_ids]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    logits = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+    starts = [len(g.prompt_ids) for g in groups for _ in g.completion_ids]
+    packed = group_logprobs(model, groups, share_prompts="off", token_budget=30)
+    shared = group_logprobs(model, groups, share_prompts="on")
+    for i, expected in enumerate(alone):
+        start, row = starts[i], torch.tensor(rows[i])
+        padded = reference.token_logprob(logits[i, start - 1 : len(row) - 1], row[start:]).logp
+        for found in (padded, packed[i], shared[i]):
+            assert torch.allclose(found.float(), expected.float(), atol=1e-5)
+
+
 def test_c5_a_backend_that_ignores_the_segments_is_found(model, monkeypatch):
     from grpo_fast.attention_backends import CPUFlash
     from grpo_fast.layout import Spans
@@ -284,3 +328,31 @@ def test_the_attention_of_the_model_is_put_back(model):
     with pytest.raises(ConfigError):
         grpo_backward(model, make_groups(), attention="flash")
     assert model.config._attn_implementation == before
+
+
+def test_nothing_is_left_out_where_that_is_switched_off(model):
+    groups = make_groups()
+    masks = [
+        [0] * len(c) if k == 0 else m
+        for k, (c, m) in enumerate(
+            zip(groups[0].completion_ids, groups[0].completion_masks, strict=True)
+        )
+    ]
+    groups[0] = dataclasses.replace(groups[0], completion_masks=masks)
+    groups[1] = dataclasses.replace(groups[1], advantages=0 * groups[1].advantages)
+    found = {}
+    for skip in (True, False):
+        model.zero_grad()
+        output = grpo_backward(
+            model, groups, loss=LossConfig(skip_zero_advantage=skip), share_prompts="off"
+        )
+        found[skip] = output, [p.grad.clone() for p in model.parameters()]
+    (left_out, gradients), (whole, same) = found[True], found[False]
+    assert float(left_out.metrics["batch/dropped_masked"]) == 1
+    assert float(left_out.metrics["batch/dropped_zero_advantage"]) == 2
+    assert float(whole.metrics["batch/dropped_masked"]) == 0
+    assert float(whole.metrics["batch/dropped_zero_advantage"]) == 0
+    everything = sum(len(g.prompt_ids) + len(c) - 1 for g in groups for c in g.completion_ids)
+    assert float(whole.metrics["batch/forwarded_tokens_per_step"]) == everything
+    for a, b in zip(gradients, same, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
