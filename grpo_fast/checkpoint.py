@@ -150,7 +150,7 @@ def _make_state(optimizer, parameters) -> None:
     no weight."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()

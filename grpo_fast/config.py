@@ -93,7 +93,7 @@ class TrainConfig:
     """`adamw`, or `adamw_8bit`: moments in 8 bits, by torchao (pip install torchao)."""
     update_precision: UpdatePrecision = "master"
     """How small updates reach the parameters of dtype bfloat16: AdamW steps a float32 `master` copy
-    (16 bytes a parameter with its gradient), or rounds `stochastic`ally (12, adamw_8bit 6); `none`
+    (18 bytes a parameter with its gradient), or rounds `stochastic`ally (12, adamw_8bit 6); `none`
     rounds to nearest, and loses most of them (8, adamw_8bit 6). Float32 ones lose none."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""

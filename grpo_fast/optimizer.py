@@ -3,13 +3,14 @@
 At learning rate 1e-6 AdamW moves a weight by 1e-6 a step, while bfloat16 numbers about 0.02 are
 1.2e-4 apart: rounded to nearest, such a weight never moves.
 
-Bytes a bfloat16 parameter, with 2 for the weight and 2 for its gradient:
+Bytes a bfloat16 parameter, with 2 for the weight:
 
     update_precision   bytes   what is kept
-    master             16      float32 weight 4, float32 moments 4 + 4
-    stochastic         12      float32 moments 4 + 4
-    none               8       bfloat16 moments 2 + 2
-    adamw_8bit         6       8-bit moments 1 + 1, a float32 scale for each 256 of them
+    master             18      float32 gradient 4, float32 weight 4, float32 moments 4 + 4
+    stochastic         12      bfloat16 gradient 2, float32 moments 4 + 4
+    none               8       bfloat16 gradient 2, bfloat16 moments 2 + 2
+    adamw_8bit         6       bfloat16 gradient 2, 8-bit moments 1 + 1, a float32 scale for each
+                               256 of them
 
 A float32 parameter has 16, or 10 with adamw_8bit, which leaves moments of fewer than 4096 numbers
 in the parameter's own dtype. A step takes besides, for each of CHUNK numbers and however large the
@@ -104,8 +105,9 @@ class RoundedAdamW(torch.optim.AdamW):
 
     master: step a float32 copy, `state[parameter]["master"]`, and round it to nearest: the copy is
     bit for bit the weight of a float32 AdamW on the same gradients. It is made from the parameter
-    in the first step, and from then on overwrites what anyone else puts into the parameter. Without
-    it, the parameter is stepped in float32 and rounded stochastically; the noise follows from
+    in the first step, and from then on overwrites what anyone else puts into the parameter. The
+    gradients of many micro-batches add up in float32, too (`parameter.grad_dtype`). Without a
+    master, the parameter is stepped in float32 and rounded stochastically; the noise follows from
     `seed` and the step counts, so that it needs no state of its own.
 
     Parameters of 32 and 64 bits beside them are stepped as they are. A gradient that is NaN or inf
@@ -132,6 +134,11 @@ class RoundedAdamW(torch.optim.AdamW):
                         "stochastic rounding of float16 parameters is not available: expected "
                         "bfloat16 or float32, or set update_precision master"
                     )
+                if master and _is_short(parameter):
+                    # The dtype cannot change under a gradient that is there.
+                    grad, parameter.grad = parameter.grad, None
+                    parameter.grad_dtype = torch.float32
+                    parameter.grad = None if grad is None else grad.float()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

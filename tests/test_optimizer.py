@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_bench.hosts import PEERS
-from grpo_fast import CheckpointError, ConfigError, InputError
+from grpo_fast import CheckpointError, ConfigError, Group, InputError, grpo_backward
 from grpo_fast import optimizer as optimizer_module
 from grpo_fast.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint
 from grpo_fast.config import TrainConfig
@@ -53,7 +53,7 @@ def gradient(parameter: Tensor, step: int) -> Tensor:
 
 def run(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: range) -> None:
     for step in steps:
-        parameter.grad = gradient(parameter, step)
+        parameter.grad = gradient(parameter, step).to(parameter.grad_dtype)
         optimizer.step()
 
 
@@ -62,7 +62,8 @@ def landed(precision: str) -> tuple[Tensor, Tensor, torch.optim.Optimizer, Tenso
     parameter = weights()
     before = parameter.detach().double()
     optimizer = make_optimizer([parameter], config_of(precision))
-    parameter.grad = torch.rand(N, generator=torch.Generator().manual_seed(1)).bfloat16() + 0.5
+    random = torch.rand(N, generator=torch.Generator().manual_seed(1)).bfloat16() + 0.5
+    parameter.grad = random.to(parameter.grad_dtype)
     for _ in range(STEPS):
         optimizer.step()
     return before, parameter.detach().double(), optimizer, parameter
@@ -107,7 +108,7 @@ def test_master_is_the_float32_adamw():
     optimizer = make_optimizer([parameter], config_of(**options))
     oracle = torch.optim.AdamW([exact], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(5):
-        parameter.grad = gradient(parameter, step)
+        parameter.grad = gradient(parameter, step).to(parameter.grad_dtype)
         exact.grad = parameter.grad.float()
         for group in (*optimizer.param_groups, *oracle.param_groups):
             group["lr"] = 1e-3 / (1 + step)
@@ -124,7 +125,7 @@ def test_one_stochastic_step_is_float32_adamw_to_a_neighbour():
     parameter, exact = weights(4099), weights(4099).detach().float().requires_grad_()
     optimizer = make_optimizer([parameter], config_of("stochastic", learning_rate=1e-3))
     oracle = torch.optim.AdamW([exact], lr=1e-3, weight_decay=0.0)
-    parameter.grad = gradient(parameter, 0)
+    parameter.grad = gradient(parameter, 0).to(parameter.grad_dtype)
     exact.grad = parameter.grad.float()
     optimizer.step()
     oracle.step()
@@ -198,7 +199,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_weight(precision, bad):
     clean, spoilt = weights(256), weights(256)
     for parameter in (clean, spoilt):
         optimizer = make_optimizer([parameter], config_of(precision))
-        parameter.grad = gradient(parameter, 0)
+        parameter.grad = gradient(parameter, 0).to(parameter.grad_dtype)
         if parameter is spoilt:
             parameter.grad[7] = bad
         optimizer.step()
@@ -214,12 +215,12 @@ def test_the_loop_throws_such_a_step_away(precision):
     parts = SimpleNamespace(model=model, optimizer=make_optimizer(model.parameters(), config))
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, torch.nan)
+        parameter.grad = torch.full_like(parameter, torch.nan, dtype=parameter.grad_dtype)
     assert apply_gradients(config, parts, 1)["skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not parts.optimizer.state
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter, dtype=parameter.grad_dtype)
     assert apply_gradients(config, parts, 1)["learning_rate"] == RATE / 2
     assert parts.optimizer.param_groups[0]["lr"] == RATE / 2
     assert len(parts.optimizer.state) == 2
@@ -333,7 +334,7 @@ def test_chunks_do_not_change_the_result(precision, monkeypatch):
         optimizer = make_optimizer(parameters, config_of(precision, learning_rate=1e-3))
         for step in range(3):
             for parameter in parameters[:-1]:
-                parameter.grad = gradient(parameter, step)
+                parameter.grad = gradient(parameter, step).to(parameter.grad_dtype)
             optimizer.step()
         assert torch.equal(parameters[-1], weights(64))
         assert optimizer.state[parameters[0]]["step"] == 3
@@ -362,7 +363,7 @@ def test_a_chunk_is_no_larger_than_it_says(monkeypatch):
 
     monkeypatch.setattr(optimizer_module, "adamw", spy)
     for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter, dtype=parameter.grad_dtype)
     optimizer.step()
     assert sum(sizes) == 3800
     assert max(sizes) <= 512
@@ -400,7 +401,7 @@ def nbytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
 @pytest.mark.parametrize(
     "precision, dtype, expected",
     [
-        ("master", torch.bfloat16, 16),
+        ("master", torch.bfloat16, 18),
         ("stochastic", torch.bfloat16, 12),
         ("none", torch.bfloat16, 8),
         ("master", torch.float32, 16),
@@ -412,8 +413,29 @@ def test_bytes_a_parameter(precision, dtype, expected):
     optimizer = make_optimizer([parameter], config)
     run(optimizer, parameter, range(1))
     assert nbytes(optimizer, parameter) == expected
-    both = 2 * parameter.element_size()
+    both = parameter.element_size() + parameter.grad.element_size()
     assert state_bytes([parameter], config) == 4096 * (expected - both)
+
+
+def test_gradients_of_many_rows_add_up_in_float32_beside_a_master():
+    torch.manual_seed(0)
+    model = tiny_model().bfloat16().eval()
+    exact = tiny_model().double().eval()
+    exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    completions = torch.randint(3, 50, (256, 9)).tolist()
+    group = Group(prompt_ids=[4, 5, 6], completion_ids=completions, advantages=torch.randn(256))
+    grpo_backward(exact, [group])
+
+    def error(rows: int) -> float:
+        model.zero_grad(set_to_none=True)
+        grpo_backward(model, [group], share_prompts="off", token_budget=11 * 256 // rows)
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        return sum(float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs)
+
+    one_row, rounded = error(1), error(128)
+    model.zero_grad(set_to_none=True)
+    make_optimizer(model.parameters(), config_of("master"))
+    assert error(128) < 1.1 * one_row < 0.7 * rounded
 
 
 def test_a_tied_head_is_stepped_once():
@@ -450,7 +472,7 @@ def test_bfloat16_gradients_are_clipped_to_the_norm_and_decay_is_decoupled():
     parts = SimpleNamespace(model=model, optimizer=make_optimizer(model.parameters(), config))
     parameter = model.weight
     before = parameter.detach().double()
-    parameter.grad = 10 * gradient(parameter, 0)
+    parameter.grad = 10 * gradient(parameter, 0).to(parameter.grad_dtype)
     exact = parameter.grad.double().norm()
     norm = apply_gradients(config, parts, 1)["grad_norm"]
     assert norm == pytest.approx(float(exact), rel=BF16_EPS)
@@ -549,7 +571,7 @@ def test_adamw_8bit_is_torchao_s_with_our_options(torchao, precision):
     assert optimizer.bf16_stochastic_round == (precision == "stochastic")
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(RATE)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter, dtype=parameter.grad_dtype)
     apply_gradients(config, parts, 1)
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(RATE / 4)
 
@@ -607,7 +629,7 @@ def test_torchao_goes_on_bit_for_bit(precision, tmp_path):
         for step in steps:
             torch.manual_seed(step)
             for parameter in model.parameters():
-                parameter.grad = gradient(parameter, step)
+                parameter.grad = gradient(parameter, step).to(parameter.grad_dtype)
             optimizer.step()
 
     model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
