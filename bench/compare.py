@@ -36,13 +36,17 @@ Times = dict[str, list[Call]]
 OURS = {"cpu": "grpo-fast torch", "cuda": "grpo-fast triton"}
 
 
-def rounds_of(workers: list[Worker], *, least: int, seconds: float) -> tuple[Times, dict[str, str]]:
+def rounds_of(
+    workers: list[Worker], *, least: int, seconds: float, label: str = ""
+) -> tuple[Times, dict[str, str]]:
     """Calls of each provider in turns, by name, `least` rounds or about `seconds`; and who dropped
-    out, why."""
+    out, why. Progress goes to stderr under `label`."""
     times: Times = {worker.provider.name: [] for worker in workers}
     lost: dict[str, str] = {}
     count, done = least, 0
     while done < count:
+        if label:
+            print(f"{label}: round {done + 1} of {count} ...", file=sys.stderr, flush=True)
         start = done % max(len(workers), 1)
         for worker in workers[start:] + workers[:start]:
             name = worker.provider.name
@@ -116,7 +120,7 @@ def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds
         except Gap as gap:
             errors[name] = str(gap)
     right = [worker for worker in workers if errors[worker.provider.name] is None]
-    times, lost = rounds_of(right, **rounds)
+    times, lost = rounds_of(right, label=str(match), **rounds)
     errors |= lost
     return [row(match, w.provider, errors[w.provider.name], times, ours) for w in workers]
 

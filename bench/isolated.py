@@ -105,7 +105,7 @@ class Seat:
         return Call(wall, cpu, extra)
 
 
-def serve(pipe, provider: Provider, threads: int) -> None:
+def serve(pipe, provider: Provider, threads: int, seat_of: type) -> None:
     """The loop of a provider's process: (method, arguments) in, its answer or a Gap out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
     torch.set_num_threads(threads)
@@ -113,7 +113,7 @@ def serve(pipe, provider: Provider, threads: int) -> None:
     for method, arguments in iter(pipe.recv, None):
         try:
             if seat is None:
-                seat = Seat(provider)
+                seat = seat_of(provider)
             answer = getattr(seat, method)(*arguments)
         except Gap as gap:
             answer = gap
@@ -123,14 +123,15 @@ def serve(pipe, provider: Provider, threads: int) -> None:
 
 
 class Worker:
-    """The parent's end of a provider's process."""
+    """The parent's end of a provider's process, in which `seat_of(provider)` is asked."""
 
-    def __init__(self, provider: Provider, threads: int):
+    def __init__(self, provider: Provider, threads: int, seat_of: type = Seat):
         # A fork would inherit threads that do not exist in it.
         spawn = multiprocessing.get_context("spawn")
         self.provider = provider
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, provider, threads), daemon=True)
+        arguments = (theirs, provider, threads, seat_of)
+        self.process = spawn.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 

@@ -1,5 +1,6 @@
 """`grpo-fast bench`: how fast the kernels are on this machine, what they compile to without one
-(`--static`), how exact they are (`--accuracy`) and how fast beside the peers (`--peers`)."""
+(`--static`), how exact they are (`--accuracy`), how fast beside the peers (`--peers`), and what a
+whole step takes (`--step`)."""
 
 import importlib
 import json
@@ -41,9 +42,15 @@ examples:
   grpo-fast bench --static           registers, spills and fp64 of every kernel, no GPU needed
   grpo-fast bench --accuracy         ours, eager and the peers against float64
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
-  grpo-fast bench --static --help    its options; --accuracy and --peers have theirs too"""
+  grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
+  grpo-fast bench --static --help    its options; the other tables have theirs too"""
 # Tables of their own, with options of their own.
-TABLES = {"--static": "static", "--accuracy": "accuracy", "--peers": "compare"}
+TABLES = {
+    "--static": "static",
+    "--accuracy": "accuracy",
+    "--peers": "compare",
+    "--step": "bench_step",
+}
 
 
 def parser() -> Parser:
@@ -56,6 +63,7 @@ def parser() -> Parser:
     for flag, help in (
         ("--accuracy", "log-probs and gradients against float64 instead, ours and the peers'"),
         ("--peers", "the loss against the peers installed here instead: time and memory"),
+        ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
     ):
         parsed.add_argument(flag, action="store_true", help=help)
     parsed.add_argument(

@@ -90,21 +90,24 @@ def _shared_keys(layout: Layout, leaf: Leaf | None, k: Tensor, v: Tensor) -> tup
 def _merged(
     out: Tensor, lse: Tensor, out_far: Tensor, lse_far: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """Two attentions over disjoint keys as one, on `rows` of the first."""
+    """Two attentions over disjoint keys as one, on `rows` of the first, whose tensors it is put in:
+    nothing else of a row is read or written."""
     near = lse[:, rows]
     total = torch.logaddexp(near, lse_far)
-    mixed = out[:, rows] * (near - total).exp()[..., None]
-    mixed = mixed + out_far * (lse_far - total).exp()[..., None]
-    out, lse = out.clone(), lse.clone()
-    out[:, rows], lse[:, rows] = mixed.to(out.dtype), total
+    # Where no rounding is lost this is a view, and there is nothing to copy back.
+    mixed = out[:, rows].to(total.dtype)
+    mixed *= (near - total).exp()[..., None]
+    mixed.addcmul_(out_far, (lse_far - total).exp()[..., None])
+    if mixed.dtype != out.dtype:
+        out[:, rows] = mixed
+    lse[:, rows] = total
     return out, lse
 
 
 def _added(whole: Tensor, part: Tensor, rows: slice) -> Tensor:
     """`part` added to `rows` of `whole`, rounded once."""
-    wide = torch.promote_types(whole.dtype, torch.float32)
     whole = whole if whole.is_contiguous() else whole.contiguous()
-    whole[:, rows] = (whole[:, rows].to(wide) + part.to(wide)).to(whole.dtype)
+    whole[:, rows] += part
     return whole
 
 

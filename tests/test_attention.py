@@ -62,7 +62,10 @@ def close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", BACKEND)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)],
+)
 def test_a_shared_row_is_one_softmax_over_what_each_token_sees(name, dtype, tolerance):
     layout = row_layout(*ROW, CPU)
     seen = visible(*ROW)

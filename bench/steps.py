@@ -1,0 +1,356 @@
+"""Who makes the forward and backward of one GRPO step: one table, a padded batch, ours and TRL's.
+
+Letters: `P` prompt tokens, `C` tokens of one completion, `G` completions of one prompt, `L = P + C`
+padded length. Everybody is given the same random model and group and computes the loss of LOSS with
+its gradient in every parameter; nobody updates anything or recomputes activations.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import Group, LossConfig, grpo_backward, linear_grpo_loss
+from grpo_fast.model import hidden_states
+from grpo_fast.tiny import tiny_tokenizer
+
+from .cost import Layout
+from .peers import Provider
+from .timing import dtype_name
+
+LOSS = LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
+CPU = torch.device("cpu")
+Lengths = Literal["fixed", "lognormal"]
+# Of the logarithm; the longest of 16 is then about twice the mean.
+SIGMA = 0.5
+# Micro-batches, or rows of completions, of those who cut the group.
+CHUNKS = 4
+# `small` has the proportions of Qwen2.5-0.5B (MLP over hidden 5.4, head size 64, tied head), of
+# which the trunk is most of the work and which one CPU thread steps in seconds.
+MODELS = {
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMatch:
+    """What everybody is timed at."""
+
+    shape: tuple[int, int, int]
+    """P, C (mean where lengths vary), G."""
+    lengths: Lengths = "fixed"
+    """`lognormal`: mean C, sigma SIGMA, from 1 to 2 C."""
+    model: str = "small"
+    """Of MODELS."""
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+    def completions(self) -> list[int]:
+        """Tokens of each."""
+        _, mean, count = self.shape
+        if self.lengths == "fixed":
+            return [mean] * count
+        normal = torch.randn(count, generator=torch.Generator().manual_seed(0))
+        drawn = (SIGMA * normal + math.log(mean) - SIGMA**2 / 2).exp()
+        return drawn.round().clamp(1, 2 * mean).int().tolist()
+
+    def config(self):
+        from transformers import Qwen2Config
+
+        sizes = MODELS[self.model]
+        return Qwen2Config(
+            **sizes,
+            max_position_embeddings=2**15,
+            # States and scores of order 1: attention chooses, and a wrong mask shows.
+            initializer_range=sizes["hidden_size"] ** -0.5,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+
+    def network(self, dtype: torch.dtype | None = None):
+        """The untrained model, the same each time, in `dtype` or the match's own."""
+        from transformers import Qwen2ForCausalLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Qwen2ForCausalLM(self.config())
+        return model.to(self.device, dtype or self.dtype).eval()
+
+    def group(self) -> Group:
+        """Random tokens; advantages that do not add up to 0, so that the loss is a number."""
+        source = torch.Generator().manual_seed(1)
+        # Past the ids of padding and end.
+        draw = partial(torch.randint, 3, MODELS[self.model]["vocab_size"], generator=source)
+        return Group(
+            prompt_ids=draw((self.shape[0],)).tolist(),
+            completion_ids=[draw((length,)).tolist() for length in self.completions()],
+            advantages=(torch.randn(self.shape[2], generator=source) + 0.5).tolist(),
+        )
+
+    def __str__(self) -> str:
+        p, c, g = self.shape
+        lengths = "" if self.lengths == "fixed" else f" {self.lengths}"
+        return f"P={p} C={c}{lengths} G={g}, {self.model} model, {dtype_name(self.dtype)}"
+
+
+Step = Callable[[], Tensor]
+"""Forward and backward: the loss; gradients add up in the parameters."""
+Prepare = Callable[..., Step]
+"""(model, group) -> Step."""
+
+
+class PaddedGroup(NamedTuple):
+    """As trainers hold it; one prompt, so only the right of completions is padded."""
+
+    prompts: Tensor
+    """[G, P]."""
+    completions: Tensor
+    """[G, C of the longest], 0 where padded."""
+    mask: Tensor
+    """[G, C of the longest] bool."""
+    advantages: Tensor
+    """[G]."""
+
+    @classmethod
+    def of(cls, group: Group, device: torch.device) -> "PaddedGroup":
+        rows = [torch.tensor(ids) for ids in group.completion_ids]
+        completions = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return cls(
+            torch.tensor(group.prompt_ids).expand(len(rows), -1).to(device),
+            completions.to(device),
+            (torch.arange(completions.shape[1]) < lengths[:, None]).to(device),
+            torch.tensor(group.advantages, device=device),
+        )
+
+
+def padded(pieces: int = 1) -> Prepare:
+    """In micro-batches of G / `pieces` sequences, the loss normalised over all."""
+
+    # No attention mask: what is padded lies behind every token that counts, and without a mask
+    # attention is the fast causal call.
+    def prepare(model, group: Group) -> Step:
+        whole = PaddedGroup.of(group, model.device)
+        weight, tokens = model.get_output_embeddings().weight, int(whole.mask.sum())
+        cut = [x.split(-(-len(whole.mask) // pieces)) for x in whole]
+        batches = [PaddedGroup(*parts) for parts in zip(*cut, strict=True)]
+
+        def step() -> Tensor:
+            total = torch.zeros((), device=model.device)
+            for prompts, completions, mask, advantages in batches:
+                states = hidden_states(model, torch.cat([prompts, completions], 1))
+                loss = linear_grpo_loss(
+                    states[:, len(group.prompt_ids) - 1 : -1],
+                    weight,
+                    completions,
+                    advantages,
+                    mask=mask,
+                    denominator=tokens,
+                    config=LOSS,
+                ).loss
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        return step
+
+    return prepare
+
+
+def ours(share_prompts: str, chunking: str = "off") -> Prepare:
+    def prepare(model, group: Group) -> Step:
+        prompt, sizes = len(group.prompt_ids), [len(ids) for ids in group.completion_ids]
+        budget = prompt * len(sizes) + sum(sizes)
+        if chunking == "on":
+            budget = prompt + max(*sizes, -(-sum(sizes) // CHUNKS))
+
+        def step() -> Tensor:
+            return grpo_backward(
+                model,
+                [group],
+                loss=LOSS,
+                token_budget=budget,
+                share_prompts=share_prompts,
+                chunking=chunking,
+            ).loss
+
+        return step
+
+    return prepare
+
+
+def trl() -> Prepare:
+    """`GRPOTrainer.compute_loss` and the backward of its accelerator, on inputs that are ready.
+
+    In it: everything of TRL's micro-step from token ids to gradients, its chunked head, entropies
+    and metrics included. Not in it: generation, rewards, data loader, optimizer, and the gradient
+    checkpointing that it has on by default.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from trl import GRPOConfig, GRPOTrainer
+
+    def trainer_of(model, count: int, longest: int, folder: str) -> GRPOTrainer:
+        args = GRPOConfig(
+            output_dir=folder,
+            use_cpu=model.device.type == "cpu",
+            bf16=False,
+            per_device_train_batch_size=count,
+            num_generations=count,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+            max_completion_length=longest,
+            beta=0.0,
+            loss_type=LOSS.loss_type,
+            epsilon=LOSS.epsilon,
+            epsilon_high=LOSS.epsilon_high,
+            report_to="none",
+        )
+        # With a fingerprint: making one pickles more than some versions can.
+        prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * count}), fingerprint="a")
+        trainer = GRPOTrainer(
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            args,
+            train_dataset=prompts,
+            processing_class=tiny_tokenizer(),
+        )
+        # As `Trainer.train` sets it.
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+    def prepare(model, group: Group) -> Step:
+        batch = PaddedGroup.of(group, model.device)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(model, *batch.completions.shape, folder)
+        model.train()
+        inputs = {
+            "prompt_ids": batch.prompts,
+            "prompt_mask": torch.ones_like(batch.prompts),
+            "completion_ids": batch.completions,
+            "completion_mask": batch.mask.long(),
+            "advantages": batch.advantages,
+            "num_items_in_batch": batch.mask.sum(),
+        }
+
+        def step() -> Tensor:
+            loss = trainer.compute_loss(model, inputs)
+            trainer.accelerator.backward(loss)
+            return loss.detach()
+
+        return step
+
+    return prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProvider(Provider):
+    layout: Layout
+    """What its operations are counted as."""
+
+
+PROVIDERS = (
+    StepProvider(
+        name="padded",
+        computes="one batch padded on the right, transformers' attention, our loss",
+        load=padded,
+        layout="padded",
+    ),
+    StepProvider(
+        name="accumulated",
+        computes=f"the same in {CHUNKS} micro-batches: less memory, better for caches",
+        load=partial(padded, CHUNKS),
+        layout="padded",
+    ),
+    StepProvider(
+        name="packed",
+        computes="grpo_backward(share_prompts='off'): no padding, a prompt a completion",
+        load=partial(ours, "off"),
+        layout="packed",
+    ),
+    StepProvider(
+        name="shared",
+        computes="grpo_backward(share_prompts='on'): the prompt once",
+        load=partial(ours, "on"),
+        layout="shared",
+    ),
+    StepProvider(
+        name="chunked",
+        computes=f"grpo_backward(chunking='on'): the prompt once, completions in {CHUNKS} rows",
+        load=partial(ours, "on", "on"),
+        layout="shared",
+    ),
+    StepProvider(
+        name="TRL",
+        computes="GRPOTrainer.compute_loss and backward, one padded batch, no checkpointing",
+        load=trl,
+        package="trl",
+        layout="padded",
+    ),
+)
+
+
+class Exact(NamedTuple):
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    """By parameter."""
+
+
+def exact_step(match: StepMatch) -> Exact:
+    """The oracle: float64, one sequence after the other, eager log-softmax.
+
+    On policy every ratio is 1 and nothing is clipped.
+    """
+    model, group = match.network(torch.float64), match.group()
+    total = sum(len(ids) for ids in group.completion_ids)
+    prompt, loss = torch.tensor(group.prompt_ids, device=model.device), 0.0
+    for ids, advantage in zip(group.completion_ids, group.advantages, strict=True):
+        targets = torch.tensor(ids, device=model.device)
+        states = hidden_states(model, torch.cat([prompt, targets])[None])[0, len(prompt) - 1 : -1]
+        logps = model.get_output_embeddings()(states).log_softmax(-1)
+        logp = logps.gather(1, targets[:, None])
+        part = -advantage * (logp - logp.detach()).exp().sum() / total
+        part.backward()
+        loss = loss + part.detach()
+    return Exact(loss, gradients(model))
+
+
+def gradients(model) -> dict[str, Tensor]:
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def loss_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs() / exact.abs())
+
+
+def gradient_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest of all parameters: norm of the difference over norm."""
+    missing = exact.keys() ^ found.keys()
+    assert not missing, f"gradients of {', '.join(sorted(missing))} on one side only"
+    return max(
+        float((found[name].double() - truth).norm() / truth.norm()) for name, truth in exact.items()
+    )
