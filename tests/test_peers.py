@@ -192,7 +192,9 @@ def test_accuracy_sees_wrong_gradients_and_nan():
         return out._replace(loss=out.loss * (math.nan if certain and factor == 1 else factor))
 
     def row(factor: float) -> dict:
-        return accuracy_row(provider("Liger", load=lambda: Calls(None, partial(loss, factor))))
+        return accuracy_row(
+            provider("Liger", package=None, load=lambda: Calls(None, partial(loss, factor)))
+        )
 
     doubled = row(1.5)
     assert doubled["dhidden"] == pytest.approx(0.5, rel=1e-3)
