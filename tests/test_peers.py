@@ -193,7 +193,7 @@ def test_accuracy_sees_wrong_gradients_and_nan():
 
     def row(factor: float) -> dict:
         return accuracy_row(
-            provider("Liger", package=None, load=lambda: Calls(None, partial(loss, factor)))
+            provider("Liger", package="torch", load=lambda: Calls(None, partial(loss, factor)))
         )
 
     doubled = row(1.5)
