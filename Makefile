@@ -17,10 +17,15 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peers -r tests/parity/peers.txt
 	touch $@
 
+# Where it is installed, transformers imports it, and it prints: apart, too.
+.venv/.torchao: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target .venv/torchao torchao
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/grpo-fast train --config examples/demo.yaml $(ARGS)
 
-test: .venv/.installed .venv/.peers
+test: .venv/.installed .venv/.peers .venv/.torchao
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/.installed

@@ -29,12 +29,12 @@ import torch
 from grpo_fast.memory import Meter
 
 from .compare import Times, rounds_of
-from .cost import ModelFacts, StepCost
+from .cost import StepCost
 from .isolated import Call, Worker
+from .models import MODELS
 from .options import Parser
 from .peers import DTYPES, Gap
 from .steps import (
-    MODELS,
     PROVIDERS,
     Lengths,
     StepMatch,
@@ -106,8 +106,9 @@ class StepSeat:
 
 
 def step_cost(match: StepMatch) -> StepCost:
-    facts = ModelFacts.of(match.config())
-    return StepCost(facts=facts, prompt=match.shape[0], completions=match.completions())
+    return StepCost(
+        model=MODELS[match.model], prompt=match.shape[0], completions=match.completions()
+    )
 
 
 def seconds_of(call: Call, match: StepMatch, threads: int) -> float:
@@ -249,7 +250,7 @@ def main(argv: list[str]) -> int:
     if device.type == "cpu" and options.threads > 1:
         about["clock"] = "wall clock"
     about |= {"threads": options.threads, "load_before": os.getloadavg()[0]}
-    about |= {"model": MODELS[options.model]}
+    about |= {"model": MODELS[options.model]._asdict()}
     print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
     rows: list[dict] = []
     chosen = [there[name] for name in options.only or there]

@@ -16,42 +16,17 @@ Letters: `P` prompt tokens, `C` tokens of one completion, `G` completions of the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from .models import ModelShape
 
 Layout = Literal["padded", "packed", "shared"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """What a dense decoder with gated MLPs costs depends on."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: Any) -> "ModelFacts":
-        """Of a transformers config with Qwen2's names."""
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=config.vocab_size,
-        )
-
-    @property
-    def body(self) -> int:
-        """Weights of all layers that every token is multiplied by."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+def body(model: ModelShape) -> int:
+    """Weights of all layers that every token is multiplied by."""
+    attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
+    return model.layers * (attention + 3 * model.hidden * model.intermediate)
 
 
 class Work(NamedTuple):
@@ -87,7 +62,7 @@ class StepCost:
     completion's last token out: it predicts nothing.
     """
 
-    facts: ModelFacts
+    model: ModelShape
     prompt: int
     """P."""
     completions: Sequence[int]
@@ -106,12 +81,12 @@ class StepCost:
 
     def training(self, layout: Layout) -> Flops:
         """Forward and backward, nothing recomputed but attention scores."""
-        work, facts = self.work(layout), self.facts
-        width = facts.heads * facts.head_dim * facts.layers
+        work, model = self.work(layout), self.model
+        width = model.heads * model.head_dim * model.layers
         return Flops(
-            linears=3 * 2 * facts.body * work.tokens,
+            linears=3 * 2 * body(model) * work.tokens,
             attention=7 * 2 * width * work.pairs,
-            head=3 * 2 * facts.hidden * facts.vocabulary * sum(self.completions),
+            head=3 * 2 * model.hidden * model.vocabulary * sum(self.completions),
         )
 
     def speedup(self, layout: Layout) -> float:

@@ -1,6 +1,6 @@
 """`grpo-fast bench`: how fast the kernels are on this machine, what they compile to without one
 (`--static`), how exact they are (`--accuracy`), how fast beside the peers (`--peers`), and what a
-whole step takes (`--step`)."""
+whole step takes (`--step`, `--memory`)."""
 
 import importlib
 import json
@@ -43,6 +43,7 @@ examples:
   grpo-fast bench --accuracy         ours, eager and the peers against float64
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
+  grpo-fast bench --memory           the most memory of a step against the size of the group
   grpo-fast bench --static --help    its options; the other tables have theirs too"""
 # Tables of their own, with options of their own.
 TABLES = {
@@ -50,6 +51,7 @@ TABLES = {
     "--accuracy": "accuracy",
     "--peers": "compare",
     "--step": "bench_step",
+    "--memory": "memory",
 }
 
 
@@ -64,6 +66,7 @@ def parser() -> Parser:
         ("--accuracy", "log-probs and gradients against float64 instead, ours and the peers'"),
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
+        ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
     ):
         parsed.add_argument(flag, action="store_true", help=help)
     parsed.add_argument(

@@ -21,6 +21,7 @@ from grpo_fast.model import hidden_states
 from grpo_fast.tiny import tiny_tokenizer
 
 from .cost import Layout
+from .models import MODELS
 from .peers import Provider
 from .timing import dtype_name
 
@@ -31,26 +32,6 @@ Lengths = Literal["fixed", "lognormal"]
 SIGMA = 0.5
 # Micro-batches, or rows of completions, of those who cut the group.
 CHUNKS = 4
-# `small` has the proportions of Qwen2.5-0.5B (MLP over hidden 5.4, head size 64, tied head), of
-# which the trunk is most of the work and which one CPU thread steps in seconds.
-MODELS = {
-    "small": {
-        "hidden_size": 384,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": 2048,
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +56,20 @@ class StepMatch:
         drawn = (SIGMA * normal + math.log(mean) - SIGMA**2 / 2).exp()
         return drawn.round().clamp(1, 2 * mean).int().tolist()
 
-    def config(self):
-        from transformers import Qwen2Config
-
-        sizes = MODELS[self.model]
-        return Qwen2Config(
-            **sizes,
-            max_position_embeddings=2**15,
-            # States and scores of order 1: attention chooses, and a wrong mask shows.
-            initializer_range=sizes["hidden_size"] ** -0.5,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-
     def network(self, dtype: torch.dtype | None = None):
         """The untrained model, the same each time, in `dtype` or the match's own."""
-        from transformers import Qwen2ForCausalLM
+        from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = Qwen2ForCausalLM(self.config())
+            model = AutoModelForCausalLM.from_config(MODELS[self.model].config())
         return model.to(self.device, dtype or self.dtype).eval()
 
     def group(self) -> Group:
         """Random tokens; advantages that do not add up to 0, so that the loss is a number."""
         source = torch.Generator().manual_seed(1)
         # Past the ids of padding and end.
-        draw = partial(torch.randint, 3, MODELS[self.model]["vocab_size"], generator=source)
+        draw = partial(torch.randint, 3, MODELS[self.model].vocabulary, generator=source)
         return Group(
             prompt_ids=draw((self.shape[0],)).tolist(),
             completion_ids=[draw((length,)).tolist() for length in self.completions()],

@@ -98,7 +98,17 @@ def estimated_need(model, mode: Checkpointing) -> Need:
     leaves every matrix, twice (norms, rotations and activation functions keep as much again)."""
     decoder, weight = model.get_decoder(), next(model.parameters())
     size = max(weight.element_size(), 4 if torch.is_autocast_enabled(weight.device.type) else 0)
-    whole = 2 * size * sum(sum(p.shape[-2:]) for p in decoder.parameters() if p.dim() >= 2)
+    # A token goes through some of the experts, [experts, out, in].
+    experts = getattr(decoder.config, "num_experts_per_tok", None) or 1
+    whole = (
+        2
+        * size
+        * sum(
+            sum(p.shape[-2:]) * (experts if p.dim() == 3 else 1)
+            for p in decoder.parameters()
+            if p.dim() >= 2
+        )
+    )
     embedding = model.get_input_embeddings().weight
     vocabulary, hidden = embedding.shape
     whole -= 2 * size * vocabulary  # a lookup keeps the ids

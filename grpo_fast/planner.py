@@ -91,7 +91,7 @@ def plan_memory(
     if free is None or not measurable(device):
         mode = "off" if checkpointing == "auto" else checkpointing
         return Plan(wanted, mode, largest.sequence)
-    free -= reserved
+    free = max(free - reserved, 0)
     best = Plan(0, "off", free=free)
     modes = modes_of(device) if checkpointing == "auto" else (checkpointing,)
     for mode in modes:
@@ -219,9 +219,10 @@ def naming_the_number(plan: Plan) -> Iterator[None]:
     """Running out of memory inside is a ConfigError that says what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        said = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in said:
+    except RuntimeError as error:
+        of_memory = isinstance(error, torch.OutOfMemoryError)
+        # A CPU's allocator has no error of its own.
+        if not of_memory and "can't allocate memory" not in str(error):
             raise
         smaller = int(plan.token_budget * USABLE / 2)
         advice = (

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from grpo_bench import bench_step, main, steps
 from grpo_bench.bench_step import Check, StepSeat
-from grpo_bench.cost import ModelFacts, StepCost
+from grpo_bench.cost import StepCost
+from grpo_bench.models import MODELS, ModelShape
 from grpo_bench.peers import Gap
 from grpo_bench.steps import PROVIDERS, StepMatch, StepProvider, exact_step
 
@@ -108,8 +110,8 @@ def test_products_are_counted_as_they_are_made(name, lengths):
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_attention_pairs_are_those_that_a_mask_leaves(layout):
     prompt, completions = 5, [3, 1, 4]
-    facts = ModelFacts.of(TINY.config())
-    found = StepCost(facts=facts, prompt=prompt, completions=completions)
+    model = MODELS["tiny"]
+    found = StepCost(model=model, prompt=prompt, completions=completions)
     sequences = []
     for k, count in enumerate(completions):
         end = max(completions) if layout == "padded" else count - 1
@@ -124,15 +126,13 @@ def test_attention_pairs_are_those_that_a_mask_leaves(layout):
     work = found.work(layout)
     assert work.tokens == len({token for tokens in sequences for token in tokens})
     assert work.pairs == len(seen)
-    width = facts.heads * facts.head_dim * facts.layers
+    width = model.heads * model.head_dim * model.layers
     assert found.training(layout).attention == 3.5 * 4 * width * work.pairs
 
 
 def test_prediction_is_the_token_ratio_where_linears_are_all():
-    facts = ModelFacts(
-        layers=1, hidden=8, intermediate=10**9, heads=1, kv_heads=1, head_dim=8, vocabulary=1
-    )
-    cost = StepCost(facts=facts, prompt=1024, completions=[128] * 16)
+    model = ModelShape("Qwen2", 8, 10**9, 1, 1, 1, 8, 1)
+    cost = StepCost(model=model, prompt=1024, completions=[128] * 16)
     assert cost.speedup("shared") == pytest.approx(16 * 1152 / (1024 + 16 * 127), rel=1e-4)
     assert cost.speedup("padded") == 1
 
@@ -195,3 +195,21 @@ def test_wrong_options_end_in_one_line(words, said, capsys):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("qwen2.5-0.5b", 0.494),
+        ("qwen2.5-1.5b", 1.544),
+        ("qwen2.5-7b", 7.616),
+        ("qwen3-4b", 4.022),
+        ("llama-3.2-1b", 1.236),
+        ("llama-3.1-8b", 8.030),
+        ("gemma-2-2b", 2.614),
+    ],
+)
+def test_a_named_model_has_the_parameters_of_its_name(name, billions):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS[name].config())
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)

@@ -6,6 +6,7 @@ N weights N(0, 0.02) that AdamW moves by 1e-6 a step, all in one direction, for 
 
 import copy
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_bench.hosts import PEERS
 from grpo_fast import CheckpointError, ConfigError, Group, InputError, grpo_backward
 from grpo_fast import optimizer as optimizer_module
 from grpo_fast.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint
@@ -33,6 +33,9 @@ RATE, STEPS, N = 1e-6, 100, 100_000
 MOVED = RATE * STEPS
 BF16_EPS = 2.0**-7
 NEEDED = {"model": "m", "dataset": "d.jsonl", "reward": ("r.py:f",)}
+
+
+TORCHAO = Path(sys.prefix) / "torchao"
 
 
 def config_of(precision: str = "master", **changes) -> TrainConfig:
@@ -598,9 +601,9 @@ def test_moments_in_parts_come_back_bit_for_bit(torchao, model, tmp_path):
 @pytest.fixture
 def real_torchao(monkeypatch):
     """The real one, which `make test` brings: beside everything else it would print at imports."""
-    if not PEERS.is_dir():
+    if not TORCHAO.is_dir():
         pytest.skip("torchao comes with `make test`")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(PEERS)])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TORCHAO)])
 
 
 @pytest.mark.usefixtures("real_torchao")
