@@ -36,9 +36,10 @@ static: .venv/.installed
 	$(BIN)/grpo-fast bench --static
 
 # No network and no .venv: the machine's own Python, torch, triton and transformers are measured.
+# In pieces: make gpu OUT=DIR ARGS="--only kernels --only timing"
 gpu:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
-	$(PYTHON) bench/gpu.py --out $(OUT)
+	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,7 +1,8 @@
 """`make gpu OUT=DIR`: everything worth knowing about a GPU machine, in one JSON file.
 
-Three parts, each in a process and under a time limit of its own, so that one that fails leaves the
-others: the kernel tests un-interpreted, every op timed against eager and its ceiling, and the demo.
+Parts in processes and under time limits of their own, so that one that fails leaves the others: the
+tests of kernels, attention and packed steps un-interpreted, every op timed against eager and its
+ceiling, the demo, a whole step by layout, and its memory against the size of the group.
 Needs the project installed (`make gpu` does that) and no network. This file is also run by its
 path, hence the absolute imports.
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,9 +28,30 @@ from grpo_bench.timing import header, timing_table
 from grpo_fast.config_file import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds a part may take; together under eight minutes.
-LIMITS = {"kernels": 170, "timing": 170, "demo": 130}
-TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_attention_gpu.py")
+# Seconds a part may take, each below the eight minutes that a machine is often lent for.
+LIMITS = {"kernels": 240, "timing": 170, "demo": 130, "step": 400, "memory": 300}
+TESTS = (
+    "tests/kernels",
+    "tests/test_ops.py",
+    "tests/test_attention_gpu.py",
+    "tests/test_families.py::test_in_the_dtypes_of_training_a_step_is_as_exact_as_the_loop",
+)
+# Of Qwen2.5-0.5B: the float64 oracle is still quick, and the trunk is most of the work.
+MODEL = ("--device", "cuda", "--dtype", "bfloat16", "--model", "qwen2.5-0.5b")
+TABLES = {
+    "step": ("--step", *MODEL, "--shape", "1024", "512", "16", "--rounds", "5", "--seconds", "20"),
+    "memory": (
+        "--memory",
+        *MODEL,
+        "--shape",
+        "1024",
+        "256",
+        "--largest",
+        "512",
+        "--budget",
+        "8192",
+    ),
+}
 # What a part says when it fails, kept in the results.
 TAIL_CHARACTERS = 6000
 SCHEMA = 1
@@ -37,7 +60,12 @@ SCHEMA = 1
 def options(argv: list[str]):
     parser = Parser("bench/gpu.py", __doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="DIR")
-    parser.add_argument("--only", choices=LIMITS, help="run one part")
+    parser.add_argument(
+        "--only",
+        choices=LIMITS,
+        action="append",
+        help="this part; may be given again. Parts of one commit and day end in one file",
+    )
     parser.add_argument("--rows", type=Path, metavar="FILE", help="used by the timing part itself")
     parsed = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -143,7 +171,20 @@ def demo_part(scratch: Path, limit: int) -> dict:
     return part | demo_rewards(scratch / "demo/metrics.jsonl")
 
 
-PARTS = {"kernels": kernels_part, "timing": timing_part, "demo": demo_part}
+def table_part(name: str, scratch: Path, limit: int) -> dict:
+    """A table of `grpo-fast bench` with a model of real size."""
+    found = scratch / "table.json"
+    part = run_part(python("-m", "grpo_bench.main", *TABLES[name], "--json", str(found)), limit)
+    return part | ({"result": json.loads(found.read_text())} if found.is_file() else {})
+
+
+PARTS = {
+    "kernels": kernels_part,
+    "timing": timing_part,
+    "demo": demo_part,
+    "step": partial(table_part, "step"),
+    "memory": partial(table_part, "memory"),
+}
 
 
 def file_name(device: str, moment: str) -> str:
@@ -152,16 +193,24 @@ def file_name(device: str, moment: str) -> str:
     return f"gpu-{words}-{datetime.datetime.fromisoformat(moment).date()}.json"
 
 
+def parts_so_far(path: Path, commit: str) -> dict:
+    """Of an earlier call on the same commit."""
+    if not path.is_file():
+        return {}
+    before = json.loads(path.read_text())
+    return before["parts"] if before["about"]["commit"] == commit else {}
+
+
 def print_part(name: str, part: dict) -> None:
     facts = {
         key: value
         for key, value in part.items()
-        if key not in ("status", "seconds", "limit_seconds", "output", "rows")
+        if key not in ("status", "seconds", "limit_seconds", "output", "rows", "result")
     }
     print(
         f"{name}: {part['status']} in {part['seconds']} s", *(f"{k}={v}" for k, v in facts.items())
     )
-    if part["status"] != "ok":
+    if part["status"] != "ok" or "result" in part:
         print(part["output"])
     if part.get("rows"):
         print("\n".join(timing_table(part["rows"])))
@@ -176,17 +225,18 @@ def main(argv: list[str]) -> int:
         write_rows(chosen.rows, list(OPS))
         return 0
     about = header(torch.device("cuda"), ROOT)
-    result = {"schema": SCHEMA, "about": about, "parts": {}}
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / file_name(about["device"], about["date"])
-    for name in [chosen.only] if chosen.only else PARTS:
+    result = {"schema": SCHEMA, "about": about, "parts": parts_so_far(path, about["commit"])}
+    asked = chosen.only or list(PARTS)
+    for name in asked:
         with tempfile.TemporaryDirectory() as scratch:
             result["parts"][name] = PARTS[name](Path(scratch), LIMITS[name])
         # Written after each part: what was measured survives whatever comes next.
         path.write_text(json.dumps(result, indent=1) + "\n")
         print_part(name, result["parts"][name])
     print(f"{about['device']}, commit {about['commit']}: {path}")
-    return 0 if all(part["status"] == "ok" for part in result["parts"].values()) else 1
+    return 0 if all(result["parts"][name]["status"] == "ok" for name in asked) else 1
 
 
 if __name__ == "__main__":

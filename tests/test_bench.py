@@ -282,11 +282,29 @@ def test_gpu_parts_fail_alone(tmp_path, monkeypatch):
     assert written["schema"] == gpu.SCHEMA
     assert [part["status"] for part in written["parts"].values()] == ["timeout", "ok", "ok"]
     assert written["parts"]["demo"]["reward_after"] == 0.95
-    assert gpu.main(["--out", str(tmp_path), "--only", "demo"]) == 0
+    # In pieces: an earlier part of the same commit stays, one of another commit goes.
+    path.write_text(json.dumps(written | {"parts": {"kernels": ok | {"seconds": 7.0}}}))
+    only = ["--only", "demo", "--only", "timing"]
+    assert gpu.main(["--out", str(tmp_path), *only]) == 0
+    assert set(json.loads(path.read_text())["parts"]) == {"kernels", "demo", "timing"}
+    written["about"]["commit"] = "another"
+    path.write_text(json.dumps(written))
+    assert gpu.main(["--out", str(tmp_path), *only]) == 0
+    assert set(json.loads(path.read_text())["parts"]) == {"demo", "timing"}
 
 
-def test_gpu_time_limits_leave_room_in_eight_minutes():
-    assert sum(gpu.LIMITS.values()) <= 475
+@pytest.mark.parametrize("name", gpu.TABLES)
+def test_gpu_tables_are_commands_that_parse(name, monkeypatch, capsys):
+    """All but the device is checked before anything runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main.main([*gpu.TABLES[name]])
+    assert "--device cuda, but PyTorch finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_gpu_parts_end_within_eight_minutes_each_and_all_within_25():
+    assert max(gpu.LIMITS.values()) <= 475
+    assert sum(gpu.LIMITS.values()) <= 25 * 60
 
 
 def test_rows_survive_a_time_limit(tmp_path, monkeypatch):

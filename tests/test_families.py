@@ -99,12 +99,13 @@ def loop(model, groups: list[Group], config: LossConfig) -> tuple[torch.Tensor, 
     logits, parts = [], []
     for group in groups:
         for k, completion in enumerate(group.completion_ids):
-            ids = torch.tensor([[*group.prompt_ids, *completion]])
+            ids = torch.tensor([[*group.prompt_ids, *completion]], device=model.device)
             logits.append(model(ids).logits[0, len(group.prompt_ids) - 1 : -1])
             parts.append((group, k))
 
     def cat(name):
-        return torch.cat([torch.as_tensor(getattr(group, name)[k]) for group, k in parts])
+        values = [torch.as_tensor(getattr(group, name)[k]) for group, k in parts]
+        return torch.cat(values).to(model.device)
 
     targets = cat("completion_ids")
     lengths = [len(rows) for rows in logits]
@@ -113,9 +114,9 @@ def loop(model, groups: list[Group], config: LossConfig) -> tuple[torch.Tensor, 
     out = reference.grpo_loss(
         torch.cat(logits),
         targets,
-        torch.cat(per_token).double(),
+        torch.cat(per_token).double().to(model.device),
         mask=cat("completion_masks").bool(),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
         old_logp=cat("old_logprobs").double(),
         ref_logp=cat("ref_logprobs").double(),
         config=config,
@@ -165,6 +166,33 @@ def test_a_packed_step_is_a_loop_over_sequences(family, layout):
         assert torch.allclose(found.double(), truth * mask, atol=1e-6)
     for found, truth in zip(group_logprobs(model, groups, **layout), logps, strict=True):
         assert torch.allclose(found.double(), truth, atol=1e-6)
+
+
+# On a GPU by its kernels and flash attention, in CI by PyTorch on a CPU.
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2_window"])
+def test_in_the_dtypes_of_training_a_step_is_as_exact_as_the_loop(family, dtype, layout, device):
+    groups, exact = ragged_groups(), family_model(family)
+    model = family_model(family, dtype).to(device)
+    # The oracle has the same rounded weights.
+    exact.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
+    exact.zero_grad()
+    loop(exact, groups, CONFIG)[0].backward()
+    truth = gradients(exact)
+    errors = []
+    for step in (
+        lambda: loop(model, groups, CONFIG)[0].backward(),
+        lambda: grpo_backward(model, groups, loss=CONFIG, **layout),
+    ):
+        model.zero_grad()
+        step()
+        found = gradients(model)
+        apart = sum(float((found[n].double().cpu() - x).square().sum()) for n, x in truth.items())
+        errors.append(apart**0.5)
+    norm = sum(float(x.square().sum()) for x in truth.values()) ** 0.5
+    eager, ours = (error / norm for error in errors)
+    assert ours <= 2 * eager + torch.finfo(dtype).eps, (ours, eager)
 
 
 @pytest.mark.parametrize("family", WINDOWS)
