@@ -255,16 +255,15 @@ def plan(config: TrainConfig, parts: Parts) -> str:
     rows = parts.memory.token_budget // longest
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     weight = next(parts.model.parameters())
-    return (
+    rounded = weight.dtype == torch.bfloat16
+    sentences = (
         f"plan: {config.prompts_per_step} prompts x {config.group_size} completions = {per_step} a "
-        "step, "
-        f"{config.num_iterations} optimizer step(s) each, at most {math.ceil(per_step / rows)} "
-        "packed row(s) of "
-        f"{parts.memory.token_budget} tokens; {parameters / 1e6:,.2f}M parameters in "
-        f"{str(weight.dtype)[6:]} on "
-        f"{weight.device.type}; loss {config.loss.loss_type} by impl "
-        f"'{resolve_impl(config.impl, weight)}', "
-        f"{'with' if parts.reference is not None else 'without'} reference; {len(parts.prompts)} "
-        "prompts, "
-        f"{len(parts.held_out)} held out"
+        f"step, {config.num_iterations} optimizer step(s) each, at most "
+        f"{math.ceil(per_step / rows)} packed row(s) of {parts.memory.token_budget} tokens",
+        f"{parameters / 1e6:,.2f}M parameters in {str(weight.dtype)[6:]} on {weight.device.type}",
+        config.optimizer + (f" ({config.update_precision})" if rounded else ""),
+        f"loss {config.loss.loss_type} by impl '{resolve_impl(config.impl, weight)}', "
+        f"{'without' if parts.reference is None else 'with'} reference",
+        f"{len(parts.prompts)} prompts, {len(parts.held_out)} held out",
     )
+    return "; ".join(sentences)
