@@ -214,19 +214,16 @@ def parser() -> Parser:
         default="fixed",
         help="C tokens in each completion, or log-normal ones around C, at most 2 C",
     )
-    parsed.add_argument("--model", choices=MODELS, default="small", help="(default: small)")
-    parsed.add_argument("--dtype", choices=DTYPES, default="float32")
     parsed.add_argument(
         "--only", metavar="NAME", action="append", help="of those below; may be given again"
     )
-    parsed.add_argument("--threads", type=int, default=1, help="of each step (default: 1)")
     parsed.add_argument(
         "--rounds", type=int, default=5, help="fewest steps of each provider (default: 5)"
     )
     parsed.add_argument(
         "--seconds", type=float, default=20.0, help="time for more rounds (default: 20)"
     )
-    parsed.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios into a PNG")
+    parsed.add_step()
     parsed.add_place()
     return parsed
 

@@ -222,10 +222,7 @@ def parser() -> Parser:
     )
     parsed.add_argument("--largest", type=int, default=LARGEST, metavar="G", help="(default: 4096)")
     parsed.add_argument("--budget", type=int, default=BUDGET, help="tokens of a row (2048)")
-    parsed.add_argument("--model", choices=MODELS, default="small", help="(default: small)")
-    parsed.add_argument("--dtype", choices=DTYPES, default="float32")
-    parsed.add_argument("--threads", type=int, default=1, help="of each step (default: 1)")
-    parsed.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a PNG")
+    parsed.add_step()
     parsed.add_place()
     return parsed
 

@@ -8,11 +8,23 @@ from typing import NamedTuple
 
 import torch
 
+from .attention import window_of
 from .config import Checkpointing
 from .errors import ConfigError
 from .groups import Group
 from .loss_config import LossConfig
-from .memory import USABLE, Meter, Need, estimated_need, free_bytes, gigabytes, measurable, modes_of
+from .memory import (
+    MODES,
+    USABLE,
+    Meter,
+    Need,
+    estimated_need,
+    free_bytes,
+    gigabytes,
+    measurable,
+    modes_of,
+)
+from .packing import pack
 from .step import grpo_backward
 
 MOST_TOKENS = 16384
@@ -99,12 +111,29 @@ def plan_memory(
         most = need.most_tokens(free)
         budget = min(wanted, most if most < LEAST_TOKENS else most // 256 * 256)
         if budget > best.token_budget:
-            predicted = need.at(min(budget, largest.tokens))
-            best = Plan(budget, mode, largest.sequence, predicted, free)
+            tokens = longest_row(model, budget, largest, loss, options)
+            best = Plan(budget, mode, largest.sequence, need.at(tokens), free)
         enough = wanted if token_budget is not None else max(largest.sequence, LEAST_TOKENS)
         if budget >= min(wanted, enough):
             return best
     return _smallest(best, largest, token_budget, modes[-1])
+
+
+def longest_row(
+    model, token_budget: int, largest: LargestStep, loss: LossConfig, options: dict
+) -> int:
+    """Tokens of the longest row that a step is cut into."""
+    if token_budget < largest.sequence:
+        return token_budget
+    packing = pack(
+        largest_rows(token_budget, largest, loss),
+        loss,
+        token_budget,
+        sharing=options.get("share_prompts", "auto"),
+        chunking=options.get("chunking", "auto"),
+        window=window_of(model),
+    )
+    return packing.longest
 
 
 def _smallest(best: Plan, largest: LargestStep, token_budget: int | None, mode: str) -> Plan:
@@ -230,8 +259,10 @@ def naming_the_number(plan: Plan) -> Iterator[None]:
             if smaller >= plan.longest
             else "lower max_completion_length"
         )
-        if plan.checkpointing in ("off", "on"):
-            advice += ", or set checkpointing to offload"
+        # From a CPU there is nowhere to offload to.
+        smaller_modes = MODES[MODES.index(plan.checkpointing) + 1 : 3 if of_memory else 2]
+        if smaller_modes:
+            advice += f", or set checkpointing to {smaller_modes[-1]}"
         raise ConfigError(
             f"out of memory with rows of {plan.token_budget} tokens and checkpointing "
             f"{plan.checkpointing}: {advice}"

@@ -62,14 +62,22 @@ class Parts:
 
     def step_options(self, config: TrainConfig) -> dict[str, Any]:
         """What `grpo_backward` and `group_logprobs` are told alike."""
-        names = ("share_prompts", "chunking", "attention", "impl")
-        given = {name: getattr(config, name) for name in names}
-        return {"token_budget": self.memory.token_budget, **given}
+        return {"token_budget": self.memory.token_budget, **row_options(config)}
 
     def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager:
-        """bfloat16 products on a GPU while parameters stay float32, for dtype `auto`."""
-        mixed = config.dtype == "auto" and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext()
+        return autocast(config, self.device)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 products on a GPU while parameters stay float32, for dtype `auto`."""
+    mixed = config.dtype == "auto" and device.type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def row_options(config: TrainConfig) -> dict[str, Any]:
+    """How rows are made and computed, whatever their length."""
+    names = ("share_prompts", "chunking", "attention", "impl")
+    return {name: getattr(config, name) for name in names}
 
 
 def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
@@ -98,7 +106,9 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
     model.eval()
     optimizer = make_optimizer(model.parameters(), config)
     control = EntropyControl(config.loss.entropy_coef) if config.loss.use_adaptive_entropy else None
-    parts = Parts(
+    with progress.status("rehearsing the largest micro-batch"):
+        memory = rehearsed(config, model, prompts, device)
+    return Parts(
         model=model,
         reference=reference,
         tokenizer=tokenizer,
@@ -108,36 +118,32 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         held_out=held_out,
         device=device,
         entropy_control=control,
-        memory=Plan(0, "off"),
+        memory=memory,
     )
-    with progress.status("rehearsing the largest micro-batch"):
-        parts.memory = rehearsed(config, parts)
-    return parts
 
 
-def rehearsed(config: TrainConfig, parts: Parts) -> Plan:
+def rehearsed(config: TrainConfig, model, prompts: list[Prompt], device: torch.device) -> Plan:
     """Rows and checkpointing for the memory that is there, tried out on the largest micro-batch."""
     largest = LargestStep(
         prompts=config.prompts_per_step,
         group_size=config.group_size,
-        prompt_length=longest_prompt(parts.prompts),
+        prompt_length=longest_prompt(prompts),
         completion_length=config.max_completion_length,
     )
-    options = parts.step_options(config) | {
+    options = row_options(config) | {
         "loss": config.step_loss,
         # They come with the first step.
-        "reserved": state_bytes(parts.model.parameters(), config),
+        "reserved": state_bytes(model.parameters(), config),
     }
-    del options["token_budget"]
-    with parts.autocast(config):
+    with autocast(config, device):
         plan = plan_memory(
-            parts.model,
+            model,
             largest,
             token_budget=config.token_budget,
             checkpointing=config.checkpointing,
             **options,
         )
-        return rehearse(parts.model, plan, largest, **options)
+        return rehearse(model, plan, largest, **options)
 
 
 def longest_prompt(prompts: list[Prompt]) -> int:

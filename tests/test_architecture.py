@@ -25,6 +25,7 @@ ALLOWED = {
     "plugins": {"errors"},
     "reference": {"loss_config", "reference_advantage", "reference_loss"},
     "reference_advantage": set(),
+    "reference_attention": set(),
     "reference_loss": {"loss_config"},
     "rows": set(),
     "aggregation": {"loss_config", "rows"},
@@ -82,7 +83,16 @@ ALLOWED = {
     "forward": {"attention", "collate", "groups", "layout", "model", "packing"},
     "activation_checkpointing": {"config", "errors", "loss_config"},
     "memory": {"activation_checkpointing", "config"},
-    "planner": {"config", "errors", "groups", "loss_config", "memory", "step"},
+    "planner": {
+        "attention",
+        "config",
+        "errors",
+        "groups",
+        "loss_config",
+        "memory",
+        "packing",
+        "step",
+    },
     "self_check": {"attention", "errors", "forward", "groups", "model", "packing"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}

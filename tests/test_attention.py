@@ -1,7 +1,6 @@
 """Packed and shared-prompt attention: every backend against one softmax over a dense mask, in value
 and gradient; and what must not be merged."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,38 +10,13 @@ from grpo_fast import ConfigError
 from grpo_fast.attention import MergedAttention, check_layers, packed_attention
 from grpo_fast.attention_backends import CPUFlash, Scoring, Tiles
 from grpo_fast.layout import Leaf, PromptLeaves, chunk_layout, row_layout
+from grpo_fast.reference_attention import dense_attention, visible
 
 CPU = torch.device("cpu")
 HQ, HK, D = 4, 2, 8
 # Lone sequences, prompts, completions of each; a prompt whose completions are empty, too.
 ROW = ((3, 5), (4, 2, 3), ((2, 6, 1), (0, 0), (5, 0, 3)))
 BACKEND = {"cpu_flash": CPUFlash(), "tiles": Tiles()}
-
-
-def visible(lone, prompts, completions, window=None) -> torch.Tensor:
-    """[T, T] bool: the definition, token by token."""
-    where = []  # (segment, parent segment, position in its sequence)
-    for k, length in enumerate(lone):
-        where += [(("lone", k), None, i) for i in range(length)]
-    for g, length in enumerate(prompts):
-        where += [(("prompt", g), None, i) for i in range(length)]
-    for g, lengths in enumerate(completions):
-        for k, length in enumerate(lengths):
-            where += [((g, k), ("prompt", g), prompts[g] + i) for i in range(length)]
-    seen = torch.zeros(len(where), len(where), dtype=torch.bool)
-    for q, (segment, parent, at) in enumerate(where):
-        for k, (other, _, key_at) in enumerate(where):
-            near = window is None or at - key_at < window
-            seen[q, k] = near and ((other == segment and key_at <= at) or other == parent)
-    return seen
-
-
-def dense(q, k, v, seen, scale, softcap=None):
-    """One softmax over everything that is seen."""
-    k, v = (x.repeat_interleave(HQ // HK, 0) for x in (k, v))
-    scores = scale * q @ k.transpose(-1, -2)
-    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
 def qkv(tokens: int, dtype=torch.float64, seed=0) -> list[torch.Tensor]:
@@ -73,7 +47,7 @@ def test_a_shared_row_is_one_softmax_over_what_each_token_sees(name, dtype, tole
     exact = [x.detach().double().requires_grad_() for x in inputs]
     scoring = Scoring(scale=0.3, causal=True)
     out = MergedAttention.apply(*inputs, layout, None, BACKEND[name], scoring)
-    expected = dense(*exact, seen, 0.3)
+    expected = dense_attention(*exact, seen, scale=0.3)
     above = torch.randn_like(expected)
     close(out, expected, tolerance)
     found = torch.autograd.grad(out, inputs, above.to(dtype))
@@ -91,7 +65,7 @@ def test_tiles_know_softcap_and_window(softcap, window, monkeypatch):
     inputs = qkv(sum(lone))
     scoring = Scoring(scale=1.3, causal=True, softcap=softcap, window=window)
     out = MergedAttention.apply(*inputs, layout, None, Tiles(), scoring)
-    expected = dense(*inputs, seen, 1.3, softcap)
+    expected = dense_attention(*inputs, seen, scale=1.3, softcap=softcap)
     close(out, expected, 1e-12)
     above = torch.randn_like(expected)
     found = torch.autograd.grad(out, inputs, above)
@@ -104,7 +78,7 @@ def test_softcap_reaches_the_prompt():
     inputs = qkv(len(visible(*ROW)))
     scoring = Scoring(scale=1.3, causal=True, softcap=2.0)
     out = MergedAttention.apply(*inputs, layout, None, Tiles(), scoring)
-    expected = dense(*inputs, visible(*ROW), 1.3, 2.0)
+    expected = dense_attention(*inputs, visible(*ROW), scale=1.3, softcap=2.0)
     above = torch.randn_like(expected)
     close(out, expected, 1e-12)
     found = torch.autograd.grad(out, inputs, above)
@@ -117,7 +91,7 @@ def test_chunks_leave_in_the_leaves_what_one_row_gives_the_prompt(name):
     prompt, lengths = 5, (4, 0, 3, 6)
     tokens = prompt + sum(lengths)
     inputs = qkv(tokens)
-    expected = dense(*inputs, visible((), (prompt,), (lengths,)), 0.4)
+    expected = dense_attention(*inputs, visible((), (prompt,), (lengths,)), scale=0.4)
     above = torch.randn_like(expected)
     above[:, :prompt] = 0  # only completions are asked
     truth = torch.autograd.grad(expected, inputs, above)
@@ -170,7 +144,7 @@ def test_merging_through_autograd_would_be_wrong():
     mixed = near[:, rows] * (near_lse[:, rows] - total).exp()[..., None]
     mixed = mixed + far * (far_lse - total).exp()[..., None]
     naive = torch.cat([near[:, prompts], mixed], 1)
-    expected = dense(*inputs, visible((), (6,), ((8, 7),)), 0.7)
+    expected = dense_attention(*inputs, visible((), (6,), ((8, 7),)), scale=0.7)
     close(naive, expected, 1e-12)
     above = torch.randn_like(expected)
     found = torch.autograd.grad(naive, inputs, above)

@@ -1,7 +1,5 @@
 """Every attention backend of a GPU that is there, against one float64 softmax over a dense mask."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from grpo_fast.attention import MergedAttention
 from grpo_fast.attention_backends import Scoring
 from grpo_fast.attention_choice import BACKENDS, Needs
 from grpo_fast.layout import row_layout
+from grpo_fast.reference_attention import dense_attention, visible
 
 HQ, HK = 4, 2
 # Lone sequences, prompts, completions of each. Past one block of any kernel; completions of one
@@ -25,28 +24,6 @@ CASES = [
     (SHARED["long"], None, None, 192, 128),
     (SHARED["long"], None, None, 512, 512),
 ]
-
-
-def dense(q, k, v, row, scoring):
-    """One softmax over everything that is seen."""
-    lone, prompts, completions = row
-    lengths = [*lone, *prompts, *(n for group in completions for n in group)]
-    parents = [-1] * (len(lone) + len(prompts))
-    parents += [len(lone) + g for g, group in enumerate(completions) for _ in group]
-    counts = torch.tensor(lengths, device=q.device)
-    segment = torch.arange(len(lengths), device=q.device).repeat_interleave(counts)
-    parent = torch.tensor(parents, device=q.device).repeat_interleave(counts)
-    at = torch.arange(len(segment), device=q.device)
-    behind = at[:, None] - at[None]
-    seen = (segment[:, None] == segment) & (behind >= 0)
-    if scoring.window is not None:
-        seen &= behind < scoring.window
-    seen |= parent[:, None] == segment
-    k, v = (x.repeat_interleave(HQ // HK, 0) for x in (k, v))
-    scores = scoring.scale * (q @ k.transpose(-1, -2))
-    if scoring.softcap is not None:
-        scores = scoring.softcap * (scores / scoring.softcap).tanh()
-    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
 def errors(found, truth) -> list[float]:
@@ -74,8 +51,13 @@ def check(backend, dtype, device, row, scoring, head_dim, value_dim):
         out = attend(*leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, above.to(kind))
 
-    truth = run(lambda *x: dense(*x, row, scoring), torch.float64)
-    eager = errors(run(lambda *x: dense(*x, row, scoring), dtype), truth)
+    seen = visible(*row, window=scoring.window)
+
+    def oracle(q, k, v):
+        return dense_attention(q, k, v, seen, scale=scoring.scale, softcap=scoring.softcap)
+
+    truth = run(oracle, torch.float64)
+    eager = errors(run(oracle, dtype), truth)
     found = run(lambda *x: MergedAttention.apply(*x, layout, None, backend, scoring), dtype)
     slack = 2 * torch.finfo(dtype).eps
     for mine, theirs in zip(errors(found, truth), eager, strict=True):

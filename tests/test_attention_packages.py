@@ -3,7 +3,6 @@ and the kernels' demands compute with `Tiles`, so that merge, leaves and gradien
 them."""
 
 import inspect
-import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +13,7 @@ from grpo_fast.attention import MergedAttention
 from grpo_fast.attention_backends import CUDAFlash, Efficient, Scoring, Tiles
 from grpo_fast.attention_packages import FlashAttn2, FlashAttn3, FlashAttn4
 from grpo_fast.layout import Leaf, PromptLeaves, Spans, chunk_layout, row_layout
+from grpo_fast.reference_attention import dense_attention, visible
 
 CPU = torch.device("cpu")
 HQ, HK, D = 4, 2, 8
@@ -63,33 +63,6 @@ SIGNATURES = {
 PACKAGES = list(SIGNATURES)
 
 
-def visible(lone, prompts, completions, window=None) -> torch.Tensor:
-    """[T, T] bool: the definition, token by token."""
-    where = []  # (segment, parent segment, position in its sequence)
-    for k, length in enumerate(lone):
-        where += [(("lone", k), None, i) for i in range(length)]
-    for g, length in enumerate(prompts):
-        where += [(("prompt", g), None, i) for i in range(length)]
-    for g, lengths in enumerate(completions):
-        for k, length in enumerate(lengths):
-            where += [((g, k), ("prompt", g), prompts[g] + i) for i in range(length)]
-    seen = torch.zeros(len(where), len(where), dtype=torch.bool)
-    for q, (segment, parent, at) in enumerate(where):
-        for k, (other, _, key_at) in enumerate(where):
-            near = window is None or at - key_at < window
-            seen[q, k] = near and ((other == segment and key_at <= at) or other == parent)
-    return seen
-
-
-def dense(q, k, v, seen, scoring):
-    """One softmax over everything that is seen."""
-    k, v = (x.repeat_interleave(HQ // HK, 0) for x in (k, v))
-    scores = scoring.scale * q @ k.transpose(-1, -2)
-    if scoring.softcap is not None:
-        scores = scoring.softcap * (scores / scoring.softcap).tanh()
-    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
-
-
 def qkv(tokens: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -110,7 +83,7 @@ def check(backend, row, scoring):
     seen = visible(*row, window=scoring.window)
     inputs = qkv(len(seen))
     out = MergedAttention.apply(*inputs, row_layout(*row, CPU), None, backend, scoring)
-    expected = dense(*inputs, seen, scoring)
+    expected = dense_attention(*inputs, seen, scale=scoring.scale, softcap=scoring.softcap)
     close(out, expected)
     generator = torch.Generator().manual_seed(1)
     above = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -123,7 +96,8 @@ def check_chunks(backend):
     """What completions leave in the leaves of their prompt, against the gradient of one row."""
     scoring, prompt, lengths = Scoring(0.4, True), 5, (4, 3, 6)
     inputs = qkv(prompt + sum(lengths))
-    expected = dense(*inputs, visible((), (prompt,), (lengths,)), scoring)
+    seen = visible((), (prompt,), (lengths,))
+    expected = dense_attention(*inputs, seen, scale=scoring.scale)
     above = torch.ones_like(expected)
     above[:, :prompt] = 0
     truth = torch.autograd.grad(expected, inputs, above)

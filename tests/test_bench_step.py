@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from grpo_bench import bench_step, main, steps
+from grpo_bench import bench_step, hosts, main, steps
 from grpo_bench.bench_step import Check, StepSeat
 from grpo_bench.cost import StepCost
 from grpo_bench.models import MODELS, ModelShape
@@ -59,6 +59,9 @@ def test_everybody_has_the_oracle_s_loss_and_gradients(name, truth, monkeypatch)
     try:
         seat = StepSeat(provider(name))
     except Gap as gap:
+        # `make test` lays TRL into hosts.PEERS, which that module puts on the path.
+        if hosts.PEERS.is_dir():
+            raise
         pytest.skip(str(gap))
     check = seat.open(TINY, truth)
     assert max(check.loss_error, check.gradient_error) < 1e-5

@@ -1,7 +1,10 @@
 """Memory: layers computed again give the same gradients, the peak follows the budget and not the
 group, and a plan fits into what is free or says what to lower."""
 
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,46 +107,59 @@ def test_dropout_drops_the_same_when_a_layer_is_computed_again():
     assert torch.equal(*found)
 
 
-@linux
-def test_recomputed_layers_take_less_memory():
-    model, group = model_of(**WIDE), group_of(8, completion=256)
-    took = {}
-    for mode in ("off", "off", "on"):
+def measure() -> dict:
+    """Bytes of steps, for a process of its own: the heap of one that has run other tests has holes
+    in which a step finds room that nobody sees."""
+    model, found = model_of(**WIDE), {}
+
+    def took(groups, **options) -> int:
+        model.zero_grad(set_to_none=True)
         meter = Meter(CPU)
-        step_gradients(model, [group], checkpointing=mode)
-        took[mode] = meter.bytes()
-    assert took["on"] < 0.6 * took["off"]
+        grpo_backward(model, groups, **options)
+        return meter.bytes()
+
+    for mode in ("off", "off", "on"):  # the first one also allocates what stays
+        found[mode] = took([group_of(8, completion=256)], checkpointing=mode)
+        model.zero_grad(set_to_none=True)
+        found[f"{mode}, estimated"] = estimated_need(model, mode).at(8 * 256 + 20)
+    rows = {"share_prompts": "on", "token_budget": 1024, "checkpointing": "off"}
+    for size in (32, 256):
+        found[str(size)] = took([group_of(size, prompt=128, completion=64)], **rows)
+    rows["token_budget"] = 10**6
+    found["64 in one row"] = took([group_of(64, prompt=128, completion=64)], **rows)
+    plan = rehearse(model, plan_memory(model, LARGEST), LARGEST)
+    return found | {"plan": str(plan), "predicted": plan.predicted, "rehearsed": plan.rehearsed}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    done = subprocess.run([sys.executable, __file__], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 @linux
-def test_the_peak_follows_the_budget_and_not_the_group():
-    model = model_of(**WIDE)
-    options = {"share_prompts": "on", "token_budget": 1024, "checkpointing": "off"}
-    took = {}
-    for size in (32, 32, 256):
-        groups = [group_of(size, prompt=128, completion=64)]
-        meter = Meter(CPU)
-        step_gradients(model, groups, **options)
-        took[size] = meter.bytes()
-    assert took[256] < 1.15 * took[32], took
-    meter = Meter(CPU)
-    step_gradients(model, [group_of(64, prompt=128, completion=64)], token_budget=10**6)
-    assert meter.bytes() > 1.7 * took[256]
+def test_recomputed_layers_take_less_memory(measured):
+    assert measured["on"] < 0.6 * measured["off"]
+
+
+@linux
+def test_the_peak_follows_the_budget_and_not_the_group(measured):
+    # The allocator is worth some 10 %; a kept row would triple it.
+    assert measured["256"] < 1.3 * measured["32"]
+    assert measured["64 in one row"] > 1.7 * measured["256"]
 
 
 @linux
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_the_estimate_is_above_what_a_row_takes_and_not_far_above(mode):
-    model, tokens = model_of(**WIDE), 2048
-    model.zero_grad(set_to_none=True)
-    need = estimated_need(model, mode)
-    for _ in range(2):
-        model.zero_grad(set_to_none=True)
-        meter = Meter(CPU)
-        grpo_backward(model, [group_of(8, completion=256)], checkpointing=mode)
-    took = meter.bytes()
-    assert took < need.at(tokens)
-    assert need.per_token * tokens < 4 * took
+def test_the_estimate_is_above_what_a_row_takes_and_not_far_above(mode, measured):
+    assert measured[mode] < measured[f"{mode}, estimated"] < 5 * measured[mode]
+
+
+@linux
+def test_a_plan_predicts_what_its_rehearsal_takes(measured):
+    assert 0.75 * measured["rehearsed"] < measured["predicted"] < 1.35 * measured["rehearsed"]
+    line = r"memory: rows of at most 12,288 tokens, checkpointing off: .*predicted.*rehearsed.*free"
+    assert re.match(line, measured["plan"])
 
 
 def test_the_fastest_mode_that_fits_is_taken(monkeypatch):
@@ -203,19 +219,15 @@ def test_a_plan_that_does_not_fit_says_what_would(monkeypatch):
         plan_memory(model_of(), LARGEST)
 
 
-@linux
-def test_a_plan_predicts_what_its_rehearsal_takes_and_keeps_the_gradients():
-    model = model_of(**WIDE)
+def test_a_rehearsal_keeps_the_gradients():
+    model, largest = model_of(), LargestStep(1, 4, 8, 8)
     step_gradients(model, [group_of(2)])
     before = {name: p.grad for name, p in model.named_parameters()}
     values = {name: grad.clone() for name, grad in before.items()}
-    plan = rehearse(model, plan_memory(model, LARGEST), LARGEST)
-    assert plan.checkpointing == "off"
-    assert 0.6 * plan.rehearsed < plan.predicted < 1.6 * plan.rehearsed, plan
+    rehearse(model, plan_memory(model, largest), largest)
     for name, parameter in model.named_parameters():
         assert parameter.grad is before[name]
         assert torch.equal(parameter.grad, values[name])
-    assert re.match(r"memory: rows of at most 12,288 tokens.*predicted.*rehearsed.*free", str(plan))
 
 
 def test_where_memory_cannot_be_measured_nothing_is_predicted(monkeypatch):
@@ -224,6 +236,20 @@ def test_where_memory_cannot_be_measured_nothing_is_predicted(monkeypatch):
     assert (plan.token_budget, plan.checkpointing, plan.predicted) == (12288, "off", None)
     assert rehearse(model_of(), plan._replace(token_budget=500), LARGEST).rehearsed is None
     assert "predicted" not in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "tokens"),
+    [
+        (12288, {}, 2 * (128 + 16 * 255)),  # both groups, their prompts once
+        (12288, {"share_prompts": "off"}, 12288 // 383 * 383),
+        (1000, {}, 128 + 3 * 255),
+        (1000, {"chunking": "off"}, 128 + 3 * 255),
+        (300, {}, 300),  # below a sequence nothing can be packed
+    ],
+)
+def test_a_plan_predicts_the_longest_row_that_a_step_has(budget, options, tokens):
+    assert planner.longest_row(model_of(), budget, LARGEST, LossConfig(), options) == tokens
 
 
 @pytest.mark.parametrize(
@@ -277,3 +303,8 @@ def test_a_model_without_a_list_of_layers_is_not_checkpointed_in_silence():
         pass
     with pytest.raises(ConfigError, match="checkpointing 'sometimes'|checkpointing = 'sometimes'"):
         grpo_backward(model_of(), [group_of(2)], checkpointing="sometimes")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(measure()))
