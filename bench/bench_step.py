@@ -30,7 +30,7 @@ from grpo_fast.memory import Meter
 
 from .compare import Times, rounds_of
 from .cost import StepCost
-from .isolated import Call, Worker
+from .isolated import Call, Inline, Worker
 from .models import MODELS
 from .options import Parser
 from .peers import DTYPES, Gap
@@ -223,6 +223,11 @@ def parser() -> Parser:
     parsed.add_argument(
         "--seconds", type=float, default=20.0, help="time for more rounds (default: 20)"
     )
+    parsed.add_argument(
+        "--together",
+        action="store_true",
+        help="all in one process: times compare closer than 10 %%, memory means nothing",
+    )
     parsed.add_step()
     parsed.add_place()
     return parsed
@@ -246,12 +251,17 @@ def main(argv: list[str]) -> int:
     about = header(device, Path(__file__).resolve().parent.parent)
     if device.type == "cpu" and options.threads > 1:
         about["clock"] = "wall clock"
-    about |= {"threads": options.threads, "load_before": os.getloadavg()[0]}
+    about |= {
+        "threads": options.threads,
+        "together": options.together,
+        "load_before": os.getloadavg()[0],
+    }
     about |= {"model": MODELS[options.model]._asdict()}
     print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
     rows: list[dict] = []
     chosen = [there[name] for name in options.only or there]
-    workers = [Worker(provider, options.threads, StepSeat) for provider in chosen]
+    place = Inline if options.together else Worker
+    workers = [place(provider, options.threads, StepSeat) for provider in chosen]
     limits = {"least": options.rounds, "seconds": options.seconds, "threads": options.threads}
     try:
         for shape in shapes:

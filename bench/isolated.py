@@ -149,3 +149,25 @@ class Worker:
     def close(self) -> None:
         self.process.terminate()
         self.process.join()
+
+
+class Inline:
+    """The same in this process: for times alone, where a process has luck of its own with its
+    pages that is as large as what is compared."""
+
+    def __init__(self, provider: Provider, threads: int, seat_of: type = Seat):
+        torch.set_num_threads(threads)
+        self.provider, self.seat_of, self.seat = provider, seat_of, None
+
+    def ask(self, method: str, *arguments):
+        try:
+            if self.seat is None:
+                self.seat = self.seat_of(self.provider)
+            return getattr(self.seat, method)(*arguments)
+        except Gap:
+            raise
+        except Exception as error:  # as in `serve`
+            raise Gap(f"fails: {said(error)}") from error
+
+    def close(self) -> None:
+        self.seat = None

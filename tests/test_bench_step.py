@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo_bench import bench_step, hosts, main, steps
 from grpo_bench.bench_step import Check, StepSeat
 from grpo_bench.cost import StepCost
+from grpo_bench.isolated import Inline
 from grpo_bench.models import MODELS, ModelShape
 from grpo_bench.peers import Gap
 from grpo_bench.steps import PROVIDERS, StepMatch, StepProvider, exact_step
@@ -140,16 +141,19 @@ def test_prediction_is_the_token_ratio_where_linears_are_all():
     assert cost.speedup("padded") == 1
 
 
-def test_a_run_says_what_it_depends_on(capsys, tmp_path):
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_a_run_says_what_it_depends_on(together, capsys, tmp_path, one_thread):
     out, picture = tmp_path / "step.json", tmp_path / "step.png"
     words = "--step --model tiny --shape 9 5 4 --lengths lognormal --rounds 2 --seconds 0"
     asked = [*words.split(), "--only", "padded", "--only", "shared"]
+    asked += ["--together"] if together else []
     assert main.main([*asked, "--json", str(out), "--plot", str(picture)]) == 0
     printed, progress = capsys.readouterr()
     result = json.loads(out.read_text())
     assert {"commit", "device", "torch", "threads", "clock", "load_before"} <= result[
         "about"
     ].keys()
+    assert result["about"]["together"] is together
     padded, shared = result["rows"]
     assert padded["over_padded"] == 1
     assert padded["of_gain"] is None
@@ -159,6 +163,15 @@ def test_a_run_says_what_it_depends_on(capsys, tmp_path):
     assert "of gain" in printed
     assert "round 2 of 2" in progress
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_fails_in_this_process_is_a_gap_too(one_thread):
+    class Seat:
+        def __init__(self, _):
+            raise ValueError("no such card")
+
+    with pytest.raises(Gap, match="fails: ValueError: no such card"):
+        Inline(provider("padded"), 1, Seat).ask("time")
 
 
 def test_a_missing_peer_is_named_and_has_no_number(monkeypatch, tmp_path):
