@@ -102,6 +102,8 @@ def test_a_failing_provider_is_a_line_of_the_table(truth):
 
 
 def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys, monkeypatch):
+    for name in memory.ALLOCATOR:  # put back afterwards
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(memory, "Worker", lambda provider, *_: Closing(provider))
     words = ["--memory", "--shape", "9", "5", "--largest", "16", "--budget", "20"]
     out = [f"--json={tmp_path / 'm.json'}", f"--plot={tmp_path / 'm.png'}"]

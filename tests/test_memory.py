@@ -2,6 +2,7 @@
 group, and a plan fits into what is free or says what to lower."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,32 +134,39 @@ def measure() -> dict:
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    done = subprocess.run([sys.executable, __file__], stdout=subprocess.PIPE, text=True, check=True)
+    # What is freed goes back to the machine, and is seen when it is taken again.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | allocator,
+    )
     return json.loads(done.stdout)
 
 
 @linux
 def test_recomputed_layers_take_less_memory(measured):
-    # Six layers kept are one kept and one computed again, beside the head's own: about 0.6.
-    assert measured["on"] < 0.8 * measured["off"]
+    # One of six layers at a time, what enters the others, and the head's own: 0.26.
+    assert measured["on"] < 0.35 * measured["off"]
 
 
 @linux
 def test_the_peak_follows_the_budget_and_not_the_group(measured):
-    # The allocator is worth some 10 %; a kept row would triple it.
-    assert measured["256"] < 1.3 * measured["32"]
-    assert measured["64 in one row"] > 1.7 * measured["256"]
+    assert measured["256"] < 1.05 * measured["32"]
+    assert measured["64 in one row"] > 3 * measured["256"]
 
 
 @linux
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_the_estimate_is_above_what_a_row_takes_and_not_far_above(mode, measured):
-    assert measured[mode] < measured[f"{mode}, estimated"] < 5 * measured[mode]
+    assert measured[mode] < measured[f"{mode}, estimated"] < 8 * measured[mode]
 
 
 @linux
 def test_a_plan_predicts_what_its_rehearsal_takes(measured):
-    assert 0.75 * measured["rehearsed"] < measured["predicted"] < 1.35 * measured["rehearsed"]
+    assert measured["predicted"] == pytest.approx(measured["rehearsed"], rel=0.1)
     line = r"memory: rows of at most 12,288 tokens, checkpointing off: .*predicted.*rehearsed.*free"
     assert re.match(line, measured["plan"])
 
