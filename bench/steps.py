@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 Lengths = Literal["fixed", "lognormal"]
 # Of the logarithm; the longest of 16 is then about twice the mean.
 SIGMA = 0.5
-# Micro-batches, or rows of completions, of those who cut the group.
-CHUNKS = 4
+# Micro-batches of the padded batch that is cut.
+PIECES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +146,15 @@ def padded(pieces: int = 1) -> Prepare:
     return prepare
 
 
-def ours(share_prompts: str, chunking: str = "off") -> Prepare:
+def ours(share_prompts: str, one_row: bool = False) -> Prepare:
     def prepare(model, group: Group) -> Step:
-        prompt, sizes = len(group.prompt_ids), [len(ids) for ids in group.completion_ids]
-        budget = prompt * len(sizes) + sum(sizes)
-        if chunking == "on":
-            budget = prompt + max(*sizes, -(-sum(sizes) // CHUNKS))
+        budget = None
+        if one_row:
+            budget = len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
         def step() -> Tensor:
             return grpo_backward(
-                model,
-                [group],
-                loss=LOSS,
-                token_budget=budget,
-                share_prompts=share_prompts,
-                chunking=chunking,
+                model, [group], loss=LOSS, token_budget=budget, share_prompts=share_prompts
             ).loss
 
         return step
@@ -248,8 +242,8 @@ PROVIDERS = (
     ),
     StepProvider(
         name="accumulated",
-        computes=f"the same in {CHUNKS} micro-batches: less memory, better for caches",
-        load=partial(padded, CHUNKS),
+        computes=f"the same in {PIECES} micro-batches: less memory, better for caches",
+        load=partial(padded, PIECES),
         layout="padded",
     ),
     StepProvider(
@@ -265,9 +259,9 @@ PROVIDERS = (
         layout="shared",
     ),
     StepProvider(
-        name="chunked",
-        computes=f"grpo_backward(chunking='on'): the prompt once, completions in {CHUNKS} rows",
-        load=partial(ours, "on", "on"),
+        name="one row",
+        computes="the same with a budget that holds the whole group",
+        load=partial(ours, "on", True),
         layout="shared",
     ),
     StepProvider(

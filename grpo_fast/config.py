@@ -57,7 +57,8 @@ class TrainConfig:
     group_size: int = 8
     """Completions per prompt (TRL: num_generations)."""
     token_budget: int | None = None
-    """Most tokens of one packed row; when not given 16384, or what memory holds."""
+    """Most tokens of one packed row; when not given 16384 (on a CPU 2048 behind the longest
+    prompt), or what memory holds."""
     share_prompts: Sharing = "auto"
     """Forward a prompt once for its group: `auto` where that saves more than 15 % of the tokens,
     `on`, `off`."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from .config import Chunking, Sharing
 from .errors import ConfigError
 from .groups import Group, Member, members
@@ -17,6 +19,9 @@ from .loss_config import LossConfig, check_choice
 
 # A second attention call and a merge must pay for themselves.
 LEAST_SAVED = 0.15
+# Of a row: enough to keep a GPU busy; where a CPU was fastest (bench/LOG.md, one step).
+MOST_TOKENS = 16384
+CPU_TOKENS = 2048
 
 
 class Part(NamedTuple):
@@ -154,6 +159,22 @@ def best_fit(sizes: dict[int, int], capacity: int) -> list[tuple[int, ...]]:
         bins[chosen].append(key)
         bisect.insort(spaces, (space - sizes[key], chosen))
     return [tuple(keys) for keys in bins]
+
+
+def default_budget(device: torch.device, prompt: int, completion: int) -> int:
+    """Tokens of a row where nobody says, for the longest `prompt` and `completion`: 16,384; on a
+    CPU 2,048 behind the prompt, which its caches hold better. Never less than a sequence.
+    """
+    if device.type == "cpu":
+        return prompt + max(completion, CPU_TOKENS)
+    return max(prompt + completion, MOST_TOKENS)
+
+
+def group_budget(groups: Sequence[Group], device: torch.device) -> int:
+    """`default_budget` for the sequences of `groups`."""
+    prompt = max((len(group.prompt_ids) for group in groups), default=0)
+    lengths = (len(completion) for group in groups for completion in group.completion_ids)
+    return default_budget(device, prompt, max(lengths, default=0))
 
 
 def check_budget(groups: Sequence[Group], token_budget: int) -> None:

@@ -24,10 +24,9 @@ from .memory import (
     measurable,
     modes_of,
 )
-from .packing import pack
+from .packing import default_budget, pack
 from .step import grpo_backward
 
-MOST_TOKENS = 16384
 # Shorter rows starve a GPU: they are worth less than no checkpointing saves.
 LEAST_TOKENS = 8192
 # The larger of two probe rows should keep this many bytes, to be seen above an allocator's noise.
@@ -90,15 +89,17 @@ def plan_memory(
     """`token_budget` and `checkpointing` of `grpo_backward` for the memory that is free.
 
     Measures two small rows with the fastest checkpointing and goes on to the next one only where
-    the row that is asked for does not fit; `token_budget` None is at most 16384 tokens, fewer where
+    the row that is asked for does not fit; `token_budget` None is `default_budget`, less where
     memory is short (down to 8192 before layers are recomputed, then down to the longest sequence).
     `reserved`: bytes that others will still allocate (the states of an optimizer). `options` go to
     `grpo_backward`. Gradients are left as they were. Raises ConfigError where nothing fits, with a
     number that would.
     """
     device = next(model.parameters()).device
-    wanted = max(largest.sequence, min(MOST_TOKENS, largest.tokens))
-    wanted = wanted if token_budget is None else token_budget
+    wanted = token_budget
+    if wanted is None:
+        default = default_budget(device, largest.prompt_length, largest.completion_length)
+        wanted = min(default, largest.tokens)
     free = free_bytes(device)
     if free is None or not measurable(device):
         mode = "off" if checkpointing == "auto" else checkpointing

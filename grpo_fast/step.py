@@ -22,7 +22,7 @@ from .loss_config import LossConfig
 from .memory import estimated_need, fastest_mode
 from .model import Head, head
 from .ops import LossOutput, linear_grpo_loss, linear_logprob
-from .packing import Packing, pack
+from .packing import Packing, group_budget, pack
 from .self_check import check_once
 
 
@@ -44,7 +44,7 @@ def grpo_backward(
     groups: Sequence[Group],
     *,
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     share_prompts: Sharing = "auto",
     chunking: Chunking = "auto",
     checkpointing: Checkpointing = "auto",
@@ -55,7 +55,8 @@ def grpo_backward(
     completion of `groups`.
 
     Gradients add up in `model.parameters()`, as `loss.backward()` would add them. The completions
-    lie in packed rows of at most `token_budget` tokens; nothing is padded. With `share_prompts` the
+    lie in packed rows of at most `token_budget` tokens (None: 16,384, or what the longest sequence
+    takes; on a CPU 2,048 behind the longest prompt); nothing is padded. With `share_prompts` the
     tokens of a prompt are forwarded once for its group: `auto` where that saves more than 15 % of
     the tokens, `on`, `off`. A group that no row can hold is cut, by `chunking`: `auto` forwards its
     prompt once and its completions row by row, so that memory depends on the budget and not on the
@@ -73,6 +74,8 @@ def grpo_backward(
     (GRPO); the shared prompt is PrefixGrouper's idea (2506.05433), computed without copies.
     """
     device = next(model.parameters()).device
+    if token_budget is None:
+        token_budget = group_budget(groups, device)
     packing = pack(
         groups,
         loss,
@@ -148,7 +151,7 @@ def group_logprobs(
     groups: Sequence[Group],
     *,
     temperature: float = 1.0,
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     share_prompts: Sharing = "auto",
     chunking: Chunking = "auto",
     attention: str = "auto",
@@ -161,6 +164,8 @@ def group_logprobs(
     reference policy of a LoRA run call it within `model.disable_adapter()`.
     """
     device = next(model.parameters()).device
+    if token_budget is None:
+        token_budget = group_budget(groups, device)
     packing = pack(
         groups,
         None,

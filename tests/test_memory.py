@@ -128,7 +128,7 @@ def measure() -> dict:
         found[str(size)] = took([group_of(size, prompt=128, completion=64)], **rows)
     rows["token_budget"] = 10**6
     found["64 in one row"] = took([group_of(64, prompt=128, completion=64)], **rows)
-    plan = rehearse(model, plan_memory(model, LARGEST), LARGEST)
+    plan = rehearse(model, plan_memory(model, LARGEST, token_budget=12288), LARGEST)
     return found | {"plan": str(plan), "predicted": plan.predicted, "rehearsed": plan.rehearsed}
 
 
@@ -188,7 +188,8 @@ def test_the_fastest_mode_that_fits_is_taken(monkeypatch):
 
 
 def needing(monkeypatch, free: int, **per_token: float) -> None:
-    """A machine with `free` bytes, on which rows take what `per_token` says."""
+    """A machine with `free` bytes, rows as on a GPU, which take what `per_token` says."""
+    monkeypatch.setattr(planner, "default_budget", lambda *_: 16384)
     monkeypatch.setattr(planner, "free_bytes", lambda _: free)
     monkeypatch.setattr(planner, "measurable", lambda _: True)
     monkeypatch.setattr(
@@ -242,7 +243,7 @@ def test_a_rehearsal_keeps_the_gradients():
 def test_where_memory_cannot_be_measured_nothing_is_predicted(monkeypatch):
     monkeypatch.setattr(planner, "measurable", lambda _: False)
     plan = plan_memory(model_of(), LARGEST)
-    assert (plan.token_budget, plan.checkpointing, plan.predicted) == (12288, "off", None)
+    assert (plan.token_budget, plan.checkpointing, plan.predicted) == (128 + 2048, "off", None)
     assert rehearse(model_of(), plan._replace(token_budget=500), LARGEST).rehearsed is None
     assert "predicted" not in str(plan)
 

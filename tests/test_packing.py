@@ -12,7 +12,7 @@ from grpo_fast import ConfigError, InputError, LossConfig
 from grpo_fast.collate import collate, collate_chunk
 from grpo_fast.groups import Group, Member, make_groups, members
 from grpo_fast.layout import PromptLeaves
-from grpo_fast.packing import best_fit, pack, padded_tokens
+from grpo_fast.packing import best_fit, group_budget, pack, padded_tokens
 
 CPU = torch.device("cpu")
 EVERYTHING = LossConfig(skip_zero_advantage=False)
@@ -123,6 +123,20 @@ def test_a_group_above_the_budget_is_cut_with_its_prompt_once_or_in_every_row():
     again = pack([big], None, 80, chunking="off")
     assert not again.chunks
     assert again.tokens == 3 * 40 + 12 * 10
+
+
+@pytest.mark.parametrize(
+    "device, lengths, budget",
+    [
+        ("cpu", (100, 50, 60), 100 + 2048),
+        ("cpu", (100, 3000, 60), 3100),
+        ("cuda", (100, 50, 60), 16384),
+        ("cuda", (9000, 50, 8000), 17000),
+    ],
+)
+def test_a_row_without_a_budget_has_its_devices_size_and_holds_a_sequence(device, lengths, budget):
+    assert group_budget([group(*lengths), group(1, 1)], torch.device(device)) == budget
+    assert group_budget([], torch.device(device)) <= budget
 
 
 def test_a_window_shorter_than_the_longest_sequence_keeps_prompts_apart():
