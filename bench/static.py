@@ -2,7 +2,13 @@
 
 No GPU is needed: Triton carries the compilers, NVIDIA's disassembler among them. One row a kernel,
 variant (dtypes and flags), configuration (tile, warps) and target. On sm_90 a spill, local memory
-or an fp64 instruction is a failure, and so is a kernel that does not compile anywhere.
+or an fp64 instruction is a failure, and so is a kernel that does not compile anywhere, or one that
+has become worse than the committed table (--baseline): fewer warps a multiprocessor, more spills,
+no more 16-byte loads or matrix instructions.
+
+  occupancy    warps that fit a multiprocessor over the places there are, an estimate
+  matrix       instructions of the matrix units: HMMA, HGMMA, tcgen05, MFMA
+  16 B loads   widest loads from device memory
 """
 
 import functools
@@ -20,7 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from .occupancy import occupancy
 from .options import Parser
+from .record import ROOT, about, written
 from .signatures import TABLE, Variant
 from .timing import align
 
@@ -33,16 +43,19 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 GATE = "sm_90"
+BASELINE = ROOT / "bench/results/static.json"
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 PACKAGE = "grpo_kernels"
 SASS_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
 SASS_FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU\.\w*64H")
 # cp.async reads global memory too.
 SASS_WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\b.*\.128")
+SASS_MATRIX = re.compile(r"(HMMA|HGMMA|QGMMA|IGMMA|OMMA|QMMA|UTC\w*MMA)\b")
 SASS_LOCAL = re.compile(r"(LDL|STL)\b")
 GCN_OPCODE = re.compile(r"^\s+([sv]_\w+|(?:global|buffer|ds|flat|scratch)_\w+)", re.M)
 GCN_FP64 = re.compile(r"v_\w*f64")
 GCN_WIDE_LOAD = re.compile(r"(global|buffer)_load_dwordx4")
+GCN_MATRIX = re.compile(r"v_s?mfma")
 GCN_LOCAL = re.compile(r"scratch_")
 
 
@@ -152,7 +165,7 @@ def nvidia_facts(cubin: bytes) -> dict[str, int]:
     return {
         "registers": used["REG"],
         "spill_bytes": used["STACK"] + used["LOCAL"],
-        **_counts(opcodes, SASS_LOCAL, SASS_FP64, SASS_WIDE_LOAD),
+        **_counts(opcodes, SASS_LOCAL, SASS_FP64, SASS_WIDE_LOAD, SASS_MATRIX),
     }
 
 
@@ -172,17 +185,14 @@ def amd_facts(assembly: str) -> dict[str, int]:
     return {
         "registers": used["vgpr_count"],
         "spill_bytes": max(used["private_segment_fixed_size"], spilled),
-        **_counts(GCN_OPCODE.findall(assembly), GCN_LOCAL, GCN_FP64, GCN_WIDE_LOAD),
+        **_counts(GCN_OPCODE.findall(assembly), GCN_LOCAL, GCN_FP64, GCN_WIDE_LOAD, GCN_MATRIX),
     }
 
 
-def _counts(opcodes: list[str], local: re.Pattern, fp64: re.Pattern, wide: re.Pattern) -> dict:
-    return {
-        "local": sum(bool(local.match(word)) for word in opcodes),
-        "fp64": sum(bool(fp64.match(word)) for word in opcodes),
-        "loads_16_byte": sum(bool(wide.match(word)) for word in opcodes),
-        "instructions": len(opcodes),
-    }
+def _counts(opcodes: list[str], *patterns: re.Pattern) -> dict[str, int]:
+    names = ("local", "fp64", "loads_16_byte", "matrix")
+    counts = [sum(bool(pattern.match(word)) for word in opcodes) for pattern in patterns]
+    return dict(zip(names, counts, strict=True)) | {"instructions": len(opcodes)}
 
 
 def compile_row(job: Job) -> dict:
@@ -190,7 +200,7 @@ def compile_row(job: Job) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    about = {
+    place = {
         "kernel": job.kernel,
         "variant": job.variant.label,
         "config": " ".join(f"{name}={value}" for name, value in job.config.items()),
@@ -204,26 +214,38 @@ def compile_row(job: Job) -> dict:
     # A compiler has no family of errors of its own; whatever it raises is the row's result.
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return about | {"error": f"{type(error).__name__}: {lines[-1]}"}
+        return place | {"error": f"{type(error).__name__}: {lines[-1]}"}
     seconds = time.perf_counter() - start
     cubin = built.asm.get("cubin")
     facts = nvidia_facts(cubin) if cubin else amd_facts(built.asm["amdgcn"])
+    shared = built.metadata.shared
+    fits = occupancy(
+        job.target,
+        registers=facts["registers"],
+        shared_bytes=shared,
+        warps=built.metadata.num_warps,
+    )
     return (
-        about
+        place
         | facts
         | {
-            "shared_bytes": built.metadata.shared,
+            "shared_bytes": shared,
+            "occupancy": fits,
             "seconds": round(seconds, 2),
             "error": None,
         }
     )
 
 
+def key_of(row: dict) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("kernel", "variant", "config", "target"))
+
+
 def violations(rows: list[dict]) -> list[str]:
     """What the gate objects to, one line each."""
     found = []
     for row in rows:
-        where = " ".join((row["kernel"], row["variant"], row["config"], row["target"]))
+        where = " ".join(key_of(row))
         if row["error"]:
             found.append(f"{where}: does not compile: {row['error']}")
         elif row["target"] == GATE:
@@ -236,6 +258,43 @@ def violations(rows: list[dict]) -> list[str]:
     return found
 
 
+def regressions(rows: list[dict], before: list[dict]) -> list[str]:
+    """Where a row is worse than the same one of `before`, one line each."""
+    found, known = [], {key_of(row): row for row in before if not row["error"]}
+    for row in rows:
+        old = known.get(key_of(row))
+        if old is None or row["error"]:
+            continue
+        where = " ".join(key_of(row))
+        if row["occupancy"] < old["occupancy"]:
+            found.append(f"{where}: occupancy {old['occupancy']:.2f} -> {row['occupancy']:.2f}")
+        if row["spill_bytes"] > old["spill_bytes"]:
+            found.append(f"{where}: spills {old['spill_bytes']} -> {row['spill_bytes']} bytes")
+        for name, what in (("loads_16_byte", "16-byte loads"), ("matrix", "matrix instructions")):
+            if old[name] and not row[name]:
+                found.append(f"{where}: {what} {old[name]} -> 0")
+    return found
+
+
+def against_baseline(rows: list[dict], path: Path) -> list[str]:
+    """`regressions` against a file; another Triton's figures are not comparable, which is said."""
+    import triton
+
+    if not path.is_file():
+        print(f"no baseline: {path} is not there")
+        return []
+    before = json.loads(path.read_text())
+    if before["about"]["triton"] != triton.__version__:
+        print(
+            f"not compared: the baseline is of triton {before['about']['triton']}, "
+            f"this is {triton.__version__}"
+        )
+        return []
+    known = {key_of(row) for row in before["rows"]}
+    print(f"{sum(key_of(row) in known for row in rows)} of {len(rows)} rows are in the baseline")
+    return regressions(rows, before["rows"])
+
+
 COLUMNS = {
     "kernel": "kernel",
     "variant": "variant",
@@ -244,15 +303,20 @@ COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spill B",
     "shared_bytes": "shared B",
+    "occupancy": "occupancy",
     "fp64": "fp64",
     "loads_16_byte": "16 B loads",
+    "matrix": "matrix",
     "instructions": "instructions",
     "seconds": "seconds",
 }
 
 
 def static_table(rows: list[dict]) -> list[str]:
-    cells = [[str(row.get(key, "-")) for key in COLUMNS] for row in rows]
+    def cell(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    cells = [[cell(row.get(key, "-")) for key in COLUMNS] for row in rows]
     return align([list(COLUMNS.values()), *cells])
 
 
@@ -281,7 +345,14 @@ def parser() -> Parser:
     parsed.add_argument(
         "--kernel", metavar="NAME", action="append", help="only kernels whose name contains NAME"
     )
-    parsed.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parsed.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE")
+    parsed.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        default=BASELINE,
+        help=f"a table that must not get worse (default: {BASELINE.relative_to(ROOT)})",
+    )
     return parsed
 
 
@@ -305,9 +376,8 @@ def main(argv: list[str], package: str = PACKAGE) -> int:
         return 1
     rows = list(rows_of(work))
     print("\n".join(static_table(rows)))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    found = violations(rows)
+    written(options.json, "static", about(torch.device("cpu"), "--static", argv), rows)
+    found = violations(rows) + against_baseline(rows, options.baseline)
     for line in found:
         print(f"violation: {line}")
     total = sum(row.get("seconds", 0.0) for row in rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from grpo_bench import static
+from grpo_bench.occupancy import occupancy
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 # A package of kernels as ours is one; `PLACE` is where a test spoils it.
@@ -82,7 +83,7 @@ def table(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict]]:
     words = ["-P", "-m", "grpo_bench.main", "--static", "--json", "rows.json"]
     done = run(words, folder, TRITON_INTERPRET="1")
     assert (folder / "rows.json").is_file(), done.stdout + done.stderr
-    return done, json.loads((folder / "rows.json").read_text())
+    return done, json.loads((folder / "rows.json").read_text())["rows"]
 
 
 def test_every_kernel_compiles_for_every_target_without_spills(table):
@@ -94,6 +95,7 @@ def test_every_kernel_compiles_for_every_target_without_spills(table):
     for row in rows:
         assert 0 < row["registers"] <= 512
         assert row["instructions"] > 10
+        assert 0 < row["occupancy"] <= 1
         if row["target"] == "sm_90":
             assert row["spill_bytes"] == row["local"] == row["fp64"] == 0, row
 
@@ -124,6 +126,56 @@ def test_large_rows_are_read_16_bytes_at_a_time(table):
     assert all(row["loads_16_byte"] > 0 for row in wide)
 
 
+def test_the_committed_table_is_the_whole_table(table):
+    """A kernel that changes its configurations leaves the gate unless its baseline is made anew."""
+    baseline = json.loads(static.BASELINE.read_text())
+    assert {static.key_of(row) for row in baseline["rows"]} == {
+        static.key_of(row) for row in table[1]
+    }
+
+
+@pytest.mark.parametrize(
+    "target, registers, shared, warps, expected",
+    [
+        ("sm_90", 32, 0, 4, 1.0),
+        ("sm_90", 64, 0, 16, 0.5),  # 32,768 registers a program: two of them
+        ("sm_90", 65, 0, 16, 0.25),  # rounded up to 72: one
+        ("sm_90", 32, 100 * 1024, 8, 0.25),  # shared memory for two
+        ("sm_90", 32, 0, 1, 0.5),  # 32 programs at most
+        ("sm_120", 32, 0, 1, 0.5),
+        ("gfx942", 64, 0, 4, 1.0),
+        ("gfx942", 128, 0, 4, 0.5),
+        ("sm_90", 255, 230 * 1024, 8, 0.0),
+    ],
+)
+def test_occupancy_is_what_registers_shared_memory_and_places_allow(
+    target, registers, shared, warps, expected
+):
+    assert occupancy(target, registers=registers, shared_bytes=shared, warps=warps) == expected
+
+
+def test_what_became_worse_is_a_regression(tmp_path):
+    assert spoiled(tmp_path, words=["--target", "sm_90", "--json", "rows.json"]).returncode == 0
+    record = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = record["rows"]
+    assert static.regressions([row], [row]) == []
+    worse = row | {"occupancy": row["occupancy"] / 2, "spill_bytes": 8, "loads_16_byte": 0}
+    found = static.regressions([worse], [row])
+    words = [line.split(": ")[1].split(" ")[0] for line in found]
+    assert words == ["occupancy", "spills", "16-byte"]
+    assert static.regressions([row], [worse]) == []
+    record["rows"] = [row | {"occupancy": 2.0}]
+    (tmp_path / "before.json").write_text(json.dumps(record))
+    again = run(["run.py", "--target", "sm_90", "--baseline", "before.json"], tmp_path)
+    assert again.returncode == 1
+    assert "violation: _scale_kernel" in again.stdout
+    record["about"]["triton"] = "1.0"
+    (tmp_path / "before.json").write_text(json.dumps(record))
+    other = run(["run.py", "--target", "sm_90", "--baseline", "before.json"], tmp_path)
+    assert other.returncode == 0
+    assert "not compared: the baseline is of triton 1.0" in other.stdout
+
+
 def test_a_good_kernel_passes(tmp_path):
     done = spoiled(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,7 +194,7 @@ def test_fp64_elsewhere_is_counted_and_not_judged(tmp_path):
     words = ["--target", "sm_80", "--target", "gfx942", "--json", "rows.json"]
     done = spoiled(tmp_path, place, words=words)
     assert done.returncode == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["target"] for row in rows] == ["sm_80", "gfx942"]
     assert all(row["fp64"] > 0 for row in rows)
 
@@ -210,6 +262,6 @@ def test_a_wrong_option_is_one_line_and_exit_2(words, message, capsys):
 def test_options_restrict_the_table(tmp_path):
     words = ["--kernel", "scale", "--target", "sm_100", "--json", "rows.json"]
     assert spoiled(tmp_path, words=words).returncode == 0
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["kernel"], row["target"]) == ("_scale_kernel", "sm_100")
     assert row["loads_16_byte"] > 0
