@@ -67,6 +67,8 @@ def case(size: Size, device: torch.device) -> Case:
         },
         check=check,
         bytes=moved,
+        # Mean, difference, square, sum, difference, quotient.
+        flops=6 * s,
     )
 
 

@@ -1,7 +1,10 @@
 """linear_grpo_loss and linear_logprob: from hidden states, logits never held.
 
 Work in head products G = 2 N D V FLOP: log-probs 1G; loss with d(hidden) and d(weight) 3G. The
-ceiling column is those bare products in the inputs' dtype, whose logits take N V entries.
+ceiling column is those bare products in the inputs' dtype, whose logits take N V entries. Where
+half of the rows teach nothing (advantage 0), their products are not in it.
+
+Bytes: the weights once, or twice and their gradient once; hidden and its gradient.
 """
 
 from typing import NamedTuple
@@ -23,18 +26,20 @@ from .timing import (
     matmul_ceiling,
 )
 
-LOGPROB, LOSS = "log-probs", "loss + gradient"
+LOGPROB, LOSS, HALF = "log-probs", "loss + gradient", "loss + gradient, half of the rows"
 BFLOAT16 = {"dtype": torch.bfloat16}
 SIZES = {
     "cpu": [
         Size(label=LOGPROB, shape={"N": 128, "D": 128, "V": 8192}),
         Size(label=LOSS, shape={"N": 128, "D": 128, "V": 8192}),
+        Size(label=HALF, shape={"N": 128, "D": 128, "V": 8192}),
     ],
     "cuda": [
         Size(label=LOGPROB, shape={"N": 8192, "D": 1536, "V": 151936}, **BFLOAT16),
         Size(label=LOSS, shape={"N": 8192, "D": 896, "V": 151936}, **BFLOAT16),
         Size(label=LOSS, shape={"N": 8192, "D": 1536, "V": 151936}, **BFLOAT16),
         Size(label=LOSS, shape={"N": 4096, "D": 4096, "V": 131072}, **BFLOAT16),
+        Size(label=HALF, shape={"N": 4096, "D": 4096, "V": 131072}, **BFLOAT16),
     ],
 }
 
@@ -126,6 +131,10 @@ def check_logprob(rows: dict[str, Tensor], impl: str) -> None:
 def case(size: Size, device: torch.device) -> Case:
     n, d, v = (size.shape[letter] for letter in "NDV")
     rows = linear_rows(n, d, v, size.dtype, device)
+    entry = rows["hidden"].element_size()
+    moved = (n * d + v * d) * entry
+    if size.label == HALF:
+        rows["advantages"][1::2] = 0
     hidden, weight, targets = (rows[name] for name in ("hidden", "weight", "targets"))
     impl = implementation_on(device)
     if size.label == LOGPROB:
@@ -140,8 +149,10 @@ def case(size: Size, device: torch.device) -> Case:
         def run(impl: str) -> object:
             return eager_gradients(rows) if impl == "reference" else loss_gradients(rows, impl)
 
-        logits = hidden @ weight.t()
-        products = [(hidden, weight.t()), (logits, weight), (logits.t(), hidden)]
+        taught = hidden[::2].contiguous() if size.label == HALF else hidden
+        logits = taught @ weight.t()
+        products = [(taught, weight.t()), (logits, weight), (logits.t(), taught)]
+        moved = (2 * n * d + 3 * v * d) * entry
     return Case(
         op="linear_logprob" if size.label == LOGPROB else "linear_grpo_loss",
         size=size,
@@ -151,7 +162,8 @@ def case(size: Size, device: torch.device) -> Case:
             "ceiling": matmul_ceiling(products),
         },
         check=lambda: (check_logprob if size.label == LOGPROB else check_loss)(rows, impl),
-        flops=len(products) * 2 * n * d * v,
+        bytes=moved,
+        flops=len(products) * 2 * len(products[0][0]) * d * v,
     )
 
 

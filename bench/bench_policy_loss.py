@@ -3,6 +3,7 @@ one go.
 
 Bytes, e = bytes of a logit: read N V e, write N V e; the second read, for the gradient, can come
 from the cache. The [N] vectors are below a thousandth of that. Without a gradient: read N V e.
+Operations a logit: as token_logprob's, ten.
 """
 
 import torch
@@ -91,6 +92,7 @@ def case(size: Size, device: torch.device) -> Case:
         },
         check=check,
         bytes=moved,
+        flops=10 * rows["logits"].numel(),
     )
 
 

@@ -54,6 +54,7 @@ def case(size: Size, device: torch.device) -> Case:
         columns={"ours": ours, "eager": eager, "ceiling": copy_ceiling(moved, device)},
         check=check,
         bytes=moved,
+        flops=t,
     )
 
 

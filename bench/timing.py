@@ -63,11 +63,10 @@ class Case:
     """Each takes the number of the call, by which it picks one of several input sets."""
     check: Callable[[], None]
     """Raises AssertionError when `ours` is further from float64 than eager arithmetic allows."""
-    bytes: int = 0
-    """Fewest bytes through device memory, read plus written; 0 where matrix products set the
-    pace."""
-    flops: int = 0
-    """Fewest floating-point operations in matrix products."""
+    bytes: int
+    """Fewest bytes through device memory, read plus written."""
+    flops: int
+    """Fewest floating-point operations; an exponential counts as one."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -43,7 +43,8 @@ def test_every_case_checks_itself_and_has_three_columns(op, label, dtype):
     case = tiny_case(op, label, dtype)
     case.check()
     assert set(case.columns) == {"ours", "eager", "ceiling"}
-    assert case.bytes > 0 or case.flops > 0
+    assert case.bytes > 0
+    assert case.flops > 0
 
 
 INTERPRETED = """
@@ -117,6 +118,14 @@ def test_an_unwritten_gradient_is_seen(monkeypatch):
     monkeypatch.setattr(timing, "CHECKED_ROWS", 2)
     with pytest.raises(AssertionError, match="not written"):
         tiny_case("policy_loss", "loss + gradient").check()
+
+
+def test_rows_that_teach_nothing_are_not_in_the_ceiling():
+    case = tiny_case("linear_grpo", "loss + gradient, half of the rows")
+    assert 2 * case.flops == tiny_case("linear_grpo", "loss + gradient").flops
+    _, _, dhidden, _ = case.columns["ours"](0)
+    assert (dhidden[1::2] == 0).all()
+    assert (dhidden[::2] != 0).any()
 
 
 def test_row_arithmetic():
