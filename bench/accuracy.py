@@ -14,12 +14,10 @@ numbers. Logits are peaked as a trained policy's: targets 0 to 16 nats above all
 A `-` is something the provider does not give. The last row is the truth rounded to the dtype: no
 gradient stored there can be closer."""
 
-import json
 import math
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,9 +36,9 @@ from .peers import (
     random_batch,
     said,
 )
-from .timing import align, checked_rows, dtype_name, header
+from .record import about, written
+from .timing import align, checked_rows, dtype_name
 
-SCHEMA = 1
 SHAPE = (128, 256, 8192)
 # Interpreted, this many logits take a minute on one core.
 INTERPRETED_LOGITS = 2**21
@@ -181,15 +179,6 @@ def accuracy_table(rows: list[dict]) -> list[str]:
     return align(table) + [f"{row['provider']}: {row['gap']}" for row in rows if row["gap"]]
 
 
-def finite(value):
-    """JSON has no NaN: null, and the row's `not_finite` says so."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def parser() -> Parser:
     parsed = Parser("grpo-fast bench --accuracy", __doc__)
     parsed.add_shape(SHAPE)
@@ -210,17 +199,15 @@ def main(argv: list[str]) -> int:
         # Before a kernel is defined; its interpreter evaluates both sides of every tl.where.
         os.environ["TRITON_INTERPRET"] = "1"
         warnings.filterwarnings("ignore", r".*encountered in", RuntimeWarning, r"triton\.runtime")
-    about = header(device, Path(__file__).resolve().parent.parent)
-    print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    facts = about(device, "--accuracy", argv)
+    print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
     rows = []
     for name in options.dtype or DTYPES:
         rows += (fresh := accuracy_rows(shape, DTYPES[name], device))
         sizes = " ".join(f"{letter}={size}" for letter, size in zip("NDV", shape, strict=True))
         print(f"\n{sizes} {name}, against float64")
         print("\n".join(accuracy_table(fresh)))
-    if options.json:
-        result = {"schema": SCHEMA, "kind": "accuracy", "about": about, "rows": rows}
-        options.json.write_text(json.dumps(finite(result), indent=1) + "\n")
+    written(options.json, "accuracy", facts, rows)
     return 0
 
 

@@ -109,11 +109,15 @@ def check_loss(rows: dict[str, Tensor], impl: str) -> None:
         loss_gradients(rows, "reference"),
         exact_gradients(rows),
     )
-    some = compared_rows(rows["targets"], rows["weight"].shape[0])
+    some = {
+        "dweight": compared_rows(rows["targets"], rows["weight"].shape[0]),
+        # A row that teaches nothing has no log-prob: it is not computed.
+        "logp": rows["advantages"].nonzero()[:, 0],
+    }
     for index, name in enumerate(("loss", "logp", "dhidden", "dweight")):
         triple = (got[index], same[index], getattr(right, name))
-        if name == "dweight":
-            triple = tuple(gradient[some] for gradient in triple)
+        if name in some:
+            triple = tuple(part[some[name]] for part in triple)
         assert_right(*triple, name=name)
 
 

@@ -14,8 +14,6 @@ and gradients are held against float64 first; what is wrong or missing has no nu
   off by     largest relative error of a parameter's gradient against float64
   extra      most memory at once beyond what was there before and beyond the gradients"""
 
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,12 +26,14 @@ import torch
 
 from grpo_fast.memory import Meter
 
+from .charts import draw
 from .compare import Times, rounds_of
 from .cost import StepCost
 from .isolated import Call, Inline, Worker
 from .models import MODELS
 from .options import Parser
 from .peers import DTYPES, Gap
+from .record import about, written
 from .steps import (
     PROVIDERS,
     Lengths,
@@ -44,9 +44,8 @@ from .steps import (
     gradients,
     loss_error,
 )
-from .timing import align, dtype_name, header, seconds_text, summary
+from .timing import align, dtype_name, seconds_text, summary
 
-SCHEMA = 1
 SHAPES = [(256, 256, 16), (1024, 128, 16), (64, 512, 16)]
 BASE = "padded"
 # Loss and gradients against float64, relative: what the sums of a step round to, with a margin.
@@ -248,16 +247,17 @@ def main(argv: list[str]) -> int:
         if min(shape) < 1 or shape[2] < 2:
             found = " ".join(map(str, shape))
             command.error(f"--shape {found}: sizes from 1, at least two completions")
-    about = header(device, Path(__file__).resolve().parent.parent)
+    facts = about(
+        device,
+        "--step",
+        argv,
+        threads=options.threads,
+        together=options.together,
+        model=MODELS[options.model]._asdict(),
+    )
     if device.type == "cpu" and options.threads > 1:
-        about["clock"] = "wall clock"
-    about |= {
-        "threads": options.threads,
-        "together": options.together,
-        "load_before": os.getloadavg()[0],
-    }
-    about |= {"model": MODELS[options.model]._asdict()}
-    print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+        facts["clock"] = "wall clock"
+    print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
     rows: list[dict] = []
     chosen = [there[name] for name in options.only or there]
     place = Inline if options.together else Worker
@@ -279,14 +279,9 @@ def main(argv: list[str]) -> int:
     finally:
         for worker in workers:
             worker.close()
-    about |= {"load_after": os.getloadavg()[0]}
-    print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")
-    result = {"schema": SCHEMA, "kind": "step", "about": about, "rows": rows}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = written(options.json, "step", facts, rows)
+    print(f"\nload of the machine {facts['load_before']:.1f} to {facts['load_after']:.1f}")
     if options.plot:
-        from .step_chart import draw
-
         draw(result, options.plot)
     ours = [provider.name for provider in PROVIDERS if provider.package == "grpo-fast"]
     return 1 if any(r["error"] for r in rows if r["provider"] in ours) else 0

@@ -3,9 +3,7 @@
 whole step takes (`--step`, `--memory`)."""
 
 import importlib
-import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,7 +15,8 @@ from . import (
     bench_token_logprob,
 )
 from .options import Parser
-from .timing import header, measure, timing_table
+from .record import about, written
+from .timing import measure, timing_table
 
 OPS = {
     "token_logprob": bench_token_logprob,
@@ -44,6 +43,8 @@ examples:
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
+  grpo-fast bench --all --quick      all of it at small sizes in under six minutes, with pictures
+  grpo-fast bench --report           the pictures and pages of bench/results made anew
   grpo-fast bench --static --help    its options; the other tables have theirs too"""
 # Tables of their own, with options of their own.
 TABLES = {
@@ -52,6 +53,8 @@ TABLES = {
     "--peers": "compare",
     "--step": "bench_step",
     "--memory": "memory",
+    "--report": "report",
+    "--all": "everything",
 }
 
 
@@ -67,6 +70,8 @@ def parser() -> Parser:
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
+        ("--all", "every one of these tables, into a folder, with pictures"),
+        ("--report", "pictures and pages from a folder of results; measures nothing"),
     ):
         parsed.add_argument(flag, action="store_true", help=help)
     parsed.add_argument(
@@ -102,13 +107,12 @@ def main(argv: list[str]) -> int:
     command = parser()
     options = command.parse_args(argv)
     device = command.device(options.device)
-    about = header(device, Path(__file__).resolve().parent.parent)
+    facts = about(device, "", argv)
     rows = time_ops(device, options.op or list(OPS), seconds=options.seconds)
-    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton"))
-    print(f"{about['device']}, {versions}, commit {about['commit']}, clock: {about['clock']}")
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))
+    print(f"{facts['device']}, {versions}, commit {facts['commit']}, clock: {facts['clock']}")
     print("\n".join(timing_table(rows)))
-    if options.json:
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    written(options.json, "timing", facts, rows)
     return 1 if any(not row["columns"] for row in rows) else 0
 
 

@@ -10,7 +10,6 @@ at G = 8, and a wrong one has no number.
 A layout whose next step would not fit into half of what is free is not run."""
 
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -25,10 +24,12 @@ from grpo_fast import Group, grpo_backward
 from grpo_fast.memory import Meter, free_bytes, gigabytes
 
 from .bench_step import TOLERANCE
+from .charts import draw
 from .isolated import Worker
 from .models import MODELS
 from .options import Parser
 from .peers import DTYPES, Gap
+from .record import about, written
 from .steps import (
     LOSS,
     Prepare,
@@ -41,9 +42,8 @@ from .steps import (
     loss_error,
     padded,
 )
-from .timing import align, header
+from .timing import align
 
-SCHEMA = 1
 BASE_SIZE = 8
 SHAPE, LARGEST, BUDGET = (128, 32), 4096, 2048
 # Read by glibc when a process starts: tensors lie in maps of their own and go back when freed.
@@ -187,35 +187,6 @@ def memory_table(rows: list[dict]) -> list[str]:
     return align(table) + [f"{r['provider']}: {r['error']}" for r in rows if r["error"]]
 
 
-def draw(result: dict, path: Path) -> None:
-    """A PNG: memory against G, a line for each provider."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rows = [row for row in result["rows"] if not row["error"]]
-    for name in dict.fromkeys(row["provider"] for row in rows):
-        mine = [row for row in rows if row["provider"] == name]
-        axes.plot([r["G"] for r in mine], [r["extra"] / 2**20 for r in mine], "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    sizes = sorted({row["G"] for row in rows})
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("completions of the group, G")
-    axes.set_ylabel("memory of one step beyond the gradients, MiB")
-    about = result["about"]
-    axes.set_title(
-        f"P = {about['P']}, C = {about['C']}, budget {about['token_budget']} tokens, "
-        f"{about['device']}",
-        fontsize=9,
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def parser() -> Parser:
     epilog = "\n".join(
         ["who is asked:"] + [f"  {p.name:10}  {p.computes}" for p in providers(BUDGET)]
@@ -241,10 +212,18 @@ def main(argv: list[str]) -> int:
         command.error("--shape and --threads from 1, --budget of at least one sequence")
     if options.largest < BASE_SIZE:
         command.error(f"--largest {options.largest}: from {BASE_SIZE}")
-    about = header(device, Path(__file__).resolve().parent.parent)
-    about |= {"P": prompt, "C": completion, "token_budget": options.budget}
-    about |= {"model": MODELS[options.model]._asdict(), "dtype": options.dtype}
-    print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    facts = about(
+        device,
+        "--memory",
+        argv,
+        P=prompt,
+        C=completion,
+        token_budget=options.budget,
+        model=MODELS[options.model]._asdict(),
+        dtype=options.dtype,
+        threads=options.threads,
+    )
+    print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
     match = StepMatch(
         shape=(prompt, completion, BASE_SIZE),
         model=options.model,
@@ -263,9 +242,7 @@ def main(argv: list[str]) -> int:
             finally:
                 worker.close()
     print("\n".join(memory_table(rows)))
-    result = {"schema": SCHEMA, "kind": "memory", "about": about, "rows": rows}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = written(options.json, "memory", facts, rows)
     if options.plot:
         draw(result, options.plot)
     ours_end = {row["provider"]: row["error"] for row in rows}

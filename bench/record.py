@@ -57,13 +57,15 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Every record of a folder, oldest first; the parts of a `make gpu` file are records too."""
-    found = []
+def named_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every record of a folder by the name of its file; a part of a `make gpu` file that holds one
+    is `<file>-<part>`."""
+    found = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        if "parts" in content:
-            found += [part["result"] for part in content["parts"].values() if "result" in part]
-        else:
-            found.append(content)
-    return sorted(found, key=lambda record: record["about"]["date"])
+        for name, part in content.get("parts", {}).items():
+            if "result" in part:
+                found[f"{path.stem}-{name}"] = part["result"]
+        if "kind" in content:
+            found[path.stem] = content
+    return found

@@ -179,6 +179,8 @@ def test_running_out_of_memory_loses_one_column():
         size=Size(label="y", shape={"N": 1}),
         columns={"ours": lambda _: torch.ones(64).sum(), "eager": hungry},
         check=lambda: None,
+        bytes=256,
+        flops=64,
     )
     found = measure(case, CPU, seconds=0.001)
     assert found["error"] == "eager runs out of memory"
@@ -231,7 +233,9 @@ def test_command_prints_a_table_and_writes_json(capsys, tmp_path, monkeypatch):
     assert "torch " in out
     assert "sum S=7 T=50" in out
     written = json.loads(path.read_text())
-    assert set(written) == {"about", "rows"}
+    assert (written["schema"], written["kind"]) == (1, "timing")
+    command = "grpo-fast bench --op segment_reduce --device cpu --seconds 0.01"
+    assert written["about"]["command"] == command
     assert written["rows"][0]["columns"]["ours"]["rounds"] >= timing.ROUNDS[0]
 
 
