@@ -11,6 +11,7 @@ and gradients are held against float64 first; what is wrong or missing has no nu
   of gain    (x padded - 1) / (predicted - 1)
   GFLOP/s    counted operations over time: where a layout has less than `padded`, work is done
              slower there, or is not counted
+  of rate    the same over what a large matrix product reaches here, in the same dtype
   off by     largest relative error of a parameter's gradient against float64
   extra      most memory at once beyond what was there before and beyond the gradients"""
 
@@ -35,6 +36,7 @@ from .options import Parser
 from .peers import DTYPES, Gap
 from .record import about, written
 from .steps import (
+    PIECES,
     PROVIDERS,
     Lengths,
     StepMatch,
@@ -44,7 +46,7 @@ from .steps import (
     gradients,
     loss_error,
 )
-from .timing import align, dtype_name, seconds_text, summary
+from .timing import align, dtype_name, matmul_rate, seconds_text, summary
 
 SHAPES = [(256, 256, 16), (1024, 128, 16), (64, 512, 16)]
 BASE = "padded"
@@ -73,7 +75,7 @@ class StepSeat:
     def open(self, match: StepMatch, truth: Path) -> Check:
         """Make model and group, and hold a step against the truth; Gap when it is wrong."""
         self.match, self.model = match, match.network()
-        self.step = self.prepare(self.model, match.group())
+        self.step = self.prepare(self.model, match.group(), match.pieces)
         exact = torch.load(truth)
         found = self._run()
         errors = (
@@ -120,6 +122,7 @@ def row(
     provider: StepProvider,
     found: Check | str,
     times: dict[str, list[float]],
+    matmul_rate: float,
 ) -> dict:
     """One line of a results file; `found` is a text when there is no number."""
     p, c, g = match.shape
@@ -136,12 +139,14 @@ def row(
         "flops": cost.training(layout)._asdict(),
         "predicted": cost.speedup(layout),
         **dict.fromkeys(("seconds", "fastest", "spread", "rounds", "over_padded", "of_gain")),
+        "of_rate": None,
         **dict.fromkeys((*Check._fields, "error")),
     }
     if isinstance(found, str):
         return line | {"error": found}
     mine, base = times[provider.name], times.get(BASE)
     line |= found._asdict() | summary(mine) | {"fastest": min(mine)}
+    line["of_rate"] = sum(line["flops"].values()) / line["seconds"] / matmul_rate
     if base:
         line["over_padded"] = statistics.median(b / m for b, m in zip(base, mine, strict=True))
         if line["predicted"] >= 1 + LEAST_GAIN:
@@ -150,7 +155,13 @@ def row(
 
 
 def play(
-    match: StepMatch, workers: list[Worker], scratch: Path, *, threads: int, **rounds
+    match: StepMatch,
+    workers: list[Worker],
+    scratch: Path,
+    *,
+    threads: int,
+    matmul_rate: float,
+    **rounds,
 ) -> list[dict]:
     """The rows of one match; `rounds` are `least` and `seconds`."""
     truth = scratch / "truth.pt"
@@ -171,7 +182,7 @@ def play(
         name: [seconds_of(call, match, threads) for call in made] for name, made in calls.items()
     }
     found |= lost
-    return [row(match, w.provider, found[w.provider.name], times) for w in workers]
+    return [row(match, w.provider, found[w.provider.name], times, matmul_rate) for w in workers]
 
 
 def step_table(rows: list[dict]) -> list[str]:
@@ -181,7 +192,7 @@ def step_table(rows: list[dict]) -> list[str]:
         return "-" if value is None else text.format(value)
 
     table = [["provider", "version", "time", "spread", "x padded", "predicted", "of gain"]]
-    table[0] += ["tokens", "GFLOP/s", "off by", "extra"]
+    table[0] += ["tokens", "GFLOP/s", "of rate", "off by", "extra"]
     for r in rows:
         total = sum(r["flops"].values())
         rate = None if r["seconds"] is None else total / r["seconds"] / 1e9
@@ -189,7 +200,8 @@ def step_table(rows: list[dict]) -> list[str]:
         line = [r["provider"], r["version"] or "-", seconds_text(r["seconds"])]
         line += [form(r["spread"], "{:.0%}"), form(r["over_padded"], "{:.2f}")]
         line += [form(r["predicted"], "{:.2f}"), form(r["of_gain"], "{:.0%}"), f"{r['tokens']}"]
-        line += [form(rate, "{:.0f}"), form(r["gradient_error"], "{:.1e}")]
+        line += [form(rate, "{:.0f}"), form(r["of_rate"], "{:.0%}")]
+        line += [form(r["gradient_error"], "{:.1e}")]
         table.append([*line, form(extra, "{:.0f} MiB")])
     return align(table) + [f"{r['provider']}: {r['error']}" for r in rows if r["error"]]
 
@@ -223,6 +235,12 @@ def parser() -> Parser:
         "--seconds", type=float, default=20.0, help="time for more rounds (default: 20)"
     )
     parsed.add_argument(
+        "--pieces",
+        type=int,
+        default=PIECES,
+        help=f"micro-batches of those who cut the padded batch (default: {PIECES})",
+    )
+    parsed.add_argument(
         "--together",
         action="store_true",
         help="all in one process: times compare closer than 10 %%, memory means nothing",
@@ -237,8 +255,8 @@ def main(argv: list[str]) -> int:
     command = parser()
     options = command.parse_args(argv)
     device = command.device(options.device)
-    if options.rounds < 2 or options.threads < 1:
-        command.error("--rounds from 2, --threads from 1")
+    if options.rounds < 2 or min(options.threads, options.pieces) < 1:
+        command.error("--rounds from 2, --threads and --pieces from 1")
     there = {provider.name: provider for provider in PROVIDERS}
     for name in set(options.only or ()) - set(there):
         command.error(f"--only {name!r}: there are {', '.join(there)}")
@@ -258,11 +276,16 @@ def main(argv: list[str]) -> int:
     if device.type == "cpu" and options.threads > 1:
         facts["clock"] = "wall clock"
     print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
+    rate = matmul_rate(DTYPES[options.dtype], device, threads=options.threads)
+    facts["matmul_flops_per_second"] = rate
     rows: list[dict] = []
     chosen = [there[name] for name in options.only or there]
+    if not options.only:
+        chosen = [provider for provider in chosen if not provider.on_request]
     place = Inline if options.together else Worker
     workers = [place(provider, options.threads, StepSeat) for provider in chosen]
     limits = {"least": options.rounds, "seconds": options.seconds, "threads": options.threads}
+    limits["matmul_rate"] = rate
     try:
         for shape in shapes:
             match = StepMatch(
@@ -271,6 +294,7 @@ def main(argv: list[str]) -> int:
                 model=options.model,
                 dtype=DTYPES[options.dtype],
                 device=device,
+                pieces=options.pieces,
             )
             with tempfile.TemporaryDirectory() as scratch:
                 rows += (fresh := play(match, workers, Path(scratch), **limits))

@@ -2,7 +2,7 @@
 
 Each table runs in a process of its own, as its own command would, and leaves NAME.json and what it
 printed in NAME.txt; one that fails leaves the others. With --quick the sizes are those of a test:
-right and wrong show, times mean little. At the end `grpo-fast bench --report` runs on the folder."""
+right and wrong show, times mean little. `grpo-fast bench --report` of the folder comes last."""
 
 import os
 import shlex

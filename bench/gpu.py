@@ -2,15 +2,17 @@
 
 Parts in processes and under time limits of their own, so that one that fails leaves the others: the
 tests of kernels, attention and packed steps un-interpreted, every op timed against eager and its
-ceiling, the demo, a whole step by layout, and its memory against the size of the group.
-Needs the project installed (`make gpu` does that) and no network. This file is also run by its
-path, hence the absolute imports.
+ceiling, the demo, a whole step by layout, its memory against the size of the group, and the cases
+of `grpo-fast bench --cases`, whose verdicts come last.
+Needs the project installed (`make gpu` does that) and no network; peers come as wheels in a folder
+(--wheels; `make wheels` fills one). This file is also run by its path, hence the absolute imports.
 """
 
 import datetime
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,14 +24,16 @@ from xml.etree import ElementTree
 import torch
 import yaml
 
-from grpo_bench.main import OPS, time_ops
+from grpo_bench.cases import COMMANDS, case_table
 from grpo_bench.options import Parser
-from grpo_bench.timing import header, timing_table
+from grpo_bench.timing import header
 from grpo_fast.config_file import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds a part may take, each below the eight minutes that a machine is often lent for.
 LIMITS = {"kernels": 240, "timing": 170, "demo": 130, "step": 400, "memory": 300}
+LIMITS |= {"A": 300, "B": 300, "C": 240, "linear": 120, "F": 240, "G": 240, "H": 470}
+LIMITS |= {"I24": 300, "I80": 300, "I139": 300}
 TESTS = (
     "tests/kernels",
     "tests/test_ops.py",
@@ -37,20 +41,12 @@ TESTS = (
     "tests/test_families.py::test_in_the_dtypes_of_training_a_step_is_as_exact_as_the_loop",
 )
 # Of Qwen2.5-0.5B: the float64 oracle is still quick, and the trunk is most of the work.
-MODEL = ("--device", "cuda", "--dtype", "bfloat16", "--model", "qwen2.5-0.5b")
+MODEL = "--device cuda --dtype bfloat16 --model qwen2.5-0.5b"
 TABLES = {
-    "step": ("--step", *MODEL, "--shape", "1024", "512", "16", "--rounds", "5", "--seconds", "20"),
-    "memory": (
-        "--memory",
-        *MODEL,
-        "--shape",
-        "1024",
-        "256",
-        "--largest",
-        "512",
-        "--budget",
-        "8192",
-    ),
+    "timing": "--device cuda --seconds 2",
+    "step": f"--step {MODEL} --shape 1024 512 16 --rounds 5 --seconds 20",
+    "memory": f"--memory {MODEL} --shape 1024 256 --largest 512 --budget 8192",
+    **COMMANDS,
 }
 # What a part says when it fails, kept in the results.
 TAIL_CHARACTERS = 6000
@@ -66,7 +62,15 @@ def options(argv: list[str]):
         action="append",
         help="this part; may be given again. Parts of one commit and day end in one file",
     )
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="used by the timing part itself")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25.0,
+        help="no part starts later, or goes on for longer (default: 25)",
+    )
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="wheels of the peers, installed for this run"
+    )
     parsed = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here, which is all that this program measures")
@@ -124,25 +128,6 @@ def kernels_part(scratch: Path, limit: int) -> dict:
     return part | outcome_counts(junit)
 
 
-def timing_part(scratch: Path, limit: int) -> dict:
-    rows = scratch / "rows.json"
-    part = run_part(python("-m", "grpo_bench.gpu", "--rows", str(rows)), limit)
-    found = json.loads(rows.read_text()) if rows.is_file() else []
-    if any(not row["columns"] for row in found):
-        part["status"] = "failed"
-    return part | {"rows": found}
-
-
-def write_rows(path: Path, ops: list[str]) -> None:
-    """Time op after op; the file is whole after each, so that a time limit keeps what is done."""
-    rows: list[dict] = []
-    for op in ops:
-        rows += time_ops(torch.device("cuda"), [op], seconds=2.0)
-        fresh = path.with_suffix(".part")
-        fresh.write_text(json.dumps(rows))
-        fresh.replace(path)
-
-
 def demo_config(scratch: Path) -> Path:
     """examples/demo.yaml with its output in `scratch`, as a file: flags need a package that a GPU
     machine may lack."""
@@ -174,17 +159,22 @@ def demo_part(scratch: Path, limit: int) -> dict:
 def table_part(name: str, scratch: Path, limit: int) -> dict:
     """A table of `grpo-fast bench` with a model of real size."""
     found = scratch / "table.json"
-    part = run_part(python("-m", "grpo_bench.main", *TABLES[name], "--json", str(found)), limit)
+    words = (*shlex.split(TABLES[name]), "--json", str(found))
+    part = run_part(python("-m", "grpo_bench.main", *words), limit)
     return part | ({"result": json.loads(found.read_text())} if found.is_file() else {})
 
 
-PARTS = {
-    "kernels": kernels_part,
-    "timing": timing_part,
-    "demo": demo_part,
-    "step": partial(table_part, "step"),
-    "memory": partial(table_part, "memory"),
-}
+PARTS = {"kernels": kernels_part, "demo": demo_part}
+PARTS |= {name: partial(table_part, name) for name in TABLES}
+
+
+def install_wheels(folder: Path, target: Path) -> None:
+    """The peers, for the processes of this run alone."""
+    wheels = sorted(str(path) for path in folder.glob("*.whl"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), *wheels], check=True)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(target), *([before] if before else [])])
 
 
 def file_name(device: str, moment: str) -> str:
@@ -205,15 +195,13 @@ def print_part(name: str, part: dict) -> None:
     facts = {
         key: value
         for key, value in part.items()
-        if key not in ("status", "seconds", "limit_seconds", "output", "rows", "result")
+        if key not in ("status", "seconds", "limit_seconds", "output", "result")
     }
     print(
         f"{name}: {part['status']} in {part['seconds']} s", *(f"{k}={v}" for k, v in facts.items())
     )
     if part["status"] != "ok" or "result" in part:
         print(part["output"])
-    if part.get("rows"):
-        print("\n".join(timing_table(part["rows"])))
     sys.stdout.flush()
 
 
@@ -221,22 +209,31 @@ def main(argv: list[str]) -> int:
     """Exit code 0; 1 when a part failed or ran out of time; 2 without a GPU or for a wrong
     option."""
     chosen = options(argv)
-    if chosen.rows:
-        write_rows(chosen.rows, list(OPS))
-        return 0
     about = header(torch.device("cuda"), ROOT)
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / file_name(about["device"], about["date"])
     result = {"schema": SCHEMA, "about": about, "parts": parts_so_far(path, about["commit"])}
-    asked = chosen.only or list(PARTS)
-    for name in asked:
-        with tempfile.TemporaryDirectory() as scratch:
-            result["parts"][name] = PARTS[name](Path(scratch), LIMITS[name])
-        # Written after each part: what was measured survives whatever comes next.
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print_part(name, result["parts"][name])
+    asked, end, left_out = chosen.only or list(LIMITS), time.monotonic() + 60 * chosen.minutes, []
+    with tempfile.TemporaryDirectory() as peers:
+        if chosen.wheels:
+            install_wheels(chosen.wheels, Path(peers))
+        for name in asked:
+            limit = min(LIMITS[name], int(end - time.monotonic()))
+            if limit <= 0:
+                left_out.append(name)
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                result["parts"][name] = PARTS[name](Path(scratch), limit)
+            # Written after each part: what was measured survives whatever comes next.
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print_part(name, result["parts"][name])
+    print("\n".join(case_table(chosen.out)))
+    if left_out:
+        words = " ".join(f"--only {name}" for name in left_out)
+        print(f"not run, {chosen.minutes:g} minutes are over: make gpu ARGS='{words}'")
     print(f"{about['device']}, commit {about['commit']}: {path}")
-    return 0 if all(result["parts"][name]["status"] == "ok" for name in asked) else 1
+    done = [result["parts"][name]["status"] for name in asked if name not in left_out]
+    return 0 if all(status == "ok" for status in done) else 1
 
 
 if __name__ == "__main__":

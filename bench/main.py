@@ -44,6 +44,7 @@ examples:
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
   grpo-fast bench --all --quick      all of it at small sizes in under six minutes, with pictures
+  grpo-fast bench --cases            aims A to J on a GPU, and how far they are met
   grpo-fast bench --report           the pictures and pages of bench/results made anew
   grpo-fast bench --static --help    its options; the other tables have theirs too"""
 # Tables of their own, with options of their own.
@@ -53,6 +54,7 @@ TABLES = {
     "--peers": "compare",
     "--step": "bench_step",
     "--memory": "memory",
+    "--cases": "cases",
     "--report": "report",
     "--all": "everything",
 }
@@ -70,6 +72,7 @@ def parser() -> Parser:
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
+        ("--cases", "what is aimed at on a GPU, case by case, and what results say of it"),
         ("--all", "every one of these tables, into a folder, with pictures"),
         ("--report", "pictures and pages from a folder of results; measures nothing"),
     ):
@@ -108,11 +111,14 @@ def main(argv: list[str]) -> int:
     options = command.parse_args(argv)
     device = command.device(options.device)
     facts = about(device, "", argv)
-    rows = time_ops(device, options.op or list(OPS), seconds=options.seconds)
+    rows: list[dict] = []
+    for op in options.op or OPS:
+        rows += time_ops(device, [op], seconds=options.seconds)
+        # Whole after each op: a time limit keeps what is done.
+        written(options.json, "timing", facts, rows)
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))
     print(f"{facts['device']}, {versions}, commit {facts['commit']}, clock: {facts['clock']}")
     print("\n".join(timing_table(rows)))
-    written(options.json, "timing", facts, rows)
     return 1 if any(not row["columns"] for row in rows) else 0
 
 

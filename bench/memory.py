@@ -7,7 +7,8 @@ at G = 8, and a wrong one has no number.
   extra      most memory at once beyond what was there before and beyond the gradients
   s          seconds of the step, to tell what the memory was bought with
 
-A layout whose next step would not fit into half of what is free is not run."""
+A layout whose next step would not fit into half of what is free is not run; under --limit it runs
+until it does not fit. The last size that a layout has a figure for is then its largest group."""
 
 import dataclasses
 import os
@@ -121,8 +122,13 @@ class MemorySeat:
         self.prepare = provider.calls()
         self.model = None
 
+    def limit(self, gigabytes: float) -> None:
+        """As if the GPU had no more memory than this."""
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole))
+
     def measure(self, match: StepMatch, truth: Path) -> Taken:
-        """One step; Gap when it is wrong."""
+        """One step; Gap when it is wrong or does not fit."""
         if self.model is None:
             self.model = match.network()
             # What stays is allocated by the first step: tables, workspaces, the self-check.
@@ -143,8 +149,10 @@ class MemorySeat:
         return self.prepare(self.model, repeated(match))()
 
 
-def climb(worker: Worker, match: StepMatch, largest: int, truth: Path) -> list[dict]:
-    """Rows of one provider, from 8 completions up."""
+def climb(
+    worker: Worker, match: StepMatch, largest: int, truth: Path, *, until_full: bool
+) -> list[dict]:
+    """Rows of one provider, from 8 completions up; `until_full`: until memory runs out."""
     rows, size = [], BASE_SIZE
     while size <= largest:
         at = dataclasses.replace(match, shape=(*match.shape[:2], size))
@@ -155,7 +163,7 @@ def climb(worker: Worker, match: StepMatch, largest: int, truth: Path) -> list[d
         expected = 2 * rows[-1]["extra"] if rows else 0
         try:
             # What grew little has a ceiling, and will not double.
-            if free is not None and expected > free / 2 and grows(rows):
+            if not until_full and free is not None and expected > free / 2 and grows(rows):
                 raise Gap(f"about {gigabytes(expected)} needed, not run")
             row |= worker.ask("measure", at, truth)._asdict()
         except Gap as gap:
@@ -197,6 +205,12 @@ def parser() -> Parser:
     )
     parsed.add_argument("--largest", type=int, default=LARGEST, metavar="G", help="(default: 4096)")
     parsed.add_argument("--budget", type=int, default=BUDGET, help="tokens of a row (2048)")
+    parsed.add_argument(
+        "--limit",
+        type=float,
+        metavar="GB",
+        help="as on a GPU of this memory; sizes go up until it is full",
+    )
     parsed.add_step()
     parsed.add_place()
     return parsed
@@ -210,6 +224,8 @@ def main(argv: list[str]) -> int:
     prompt, completion = options.shape
     if min(prompt, completion, options.threads) < 1 or options.budget < prompt + completion:
         command.error("--shape and --threads from 1, --budget of at least one sequence")
+    if options.limit and (device.type != "cuda" or options.limit <= 0):
+        command.error("--limit: a positive number of GB, of a GPU's memory")
     if options.largest < BASE_SIZE:
         command.error(f"--largest {options.largest}: from {BASE_SIZE}")
     facts = about(
@@ -219,6 +235,7 @@ def main(argv: list[str]) -> int:
         P=prompt,
         C=completion,
         token_budget=options.budget,
+        limit_gigabytes=options.limit,
         model=MODELS[options.model]._asdict(),
         dtype=options.dtype,
         threads=options.threads,
@@ -238,7 +255,9 @@ def main(argv: list[str]) -> int:
         for provider in providers(options.budget):
             worker = Worker(provider, options.threads, MemorySeat)
             try:
-                rows += climb(worker, match, options.largest, truth)
+                if options.limit:
+                    worker.ask("limit", options.limit)
+                rows += climb(worker, match, options.largest, truth, until_full=bool(options.limit))
             finally:
                 worker.close()
     print("\n".join(memory_table(rows)))

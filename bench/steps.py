@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 Lengths = Literal["fixed", "lognormal"]
 # Of the logarithm; the longest of 16 is then about twice the mean.
 SIGMA = 0.5
-# Micro-batches of the padded batch that is cut.
+# Micro-batches of those who cut the padded batch, where nobody says.
 PIECES = 4
 
 
@@ -46,6 +46,8 @@ class StepMatch:
     """Of MODELS."""
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    pieces: int = PIECES
+    """Micro-batches of those who cut the padded batch."""
 
     def completions(self) -> list[int]:
         """Tokens of each."""
@@ -85,7 +87,7 @@ class StepMatch:
 Step = Callable[[], Tensor]
 """Forward and backward: the loss; gradients add up in the parameters."""
 Prepare = Callable[..., Step]
-"""(model, group) -> Step."""
+"""(model, group, pieces) -> Step."""
 
 
 class PaddedGroup(NamedTuple):
@@ -112,17 +114,21 @@ class PaddedGroup(NamedTuple):
             torch.tensor(group.advantages, device=device),
         )
 
+    def cut(self, pieces: int) -> list["PaddedGroup"]:
+        """In micro-batches of G / `pieces` sequences."""
+        parts = [x.split(-(-len(self.mask) // pieces)) for x in self]
+        return [PaddedGroup(*tensors) for tensors in zip(*parts, strict=True)]
 
-def padded(pieces: int = 1) -> Prepare:
-    """In micro-batches of G / `pieces` sequences, the loss normalised over all."""
+
+def padded(cut: bool = False) -> Prepare:
+    """In one batch, or in micro-batches with the loss normalised over all."""
 
     # No attention mask: what is padded lies behind every token that counts, and without a mask
     # attention is the fast causal call.
-    def prepare(model, group: Group) -> Step:
+    def prepare(model, group: Group, pieces: int = 1) -> Step:
         whole = PaddedGroup.of(group, model.device)
         weight, tokens = model.get_output_embeddings().weight, int(whole.mask.sum())
-        cut = [x.split(-(-len(whole.mask) // pieces)) for x in whole]
-        batches = [PaddedGroup(*parts) for parts in zip(*cut, strict=True)]
+        batches = whole.cut(pieces if cut else 1)
 
         def step() -> Tensor:
             total = torch.zeros((), device=model.device)
@@ -147,7 +153,7 @@ def padded(pieces: int = 1) -> Prepare:
 
 
 def ours(share_prompts: str, one_row: bool = False) -> Prepare:
-    def prepare(model, group: Group) -> Step:
+    def prepare(model, group: Group, pieces: int = 1) -> Step:
         budget = None
         if one_row:
             budget = len(group.prompt_ids) + sum(map(len, group.completion_ids))
@@ -162,8 +168,9 @@ def ours(share_prompts: str, one_row: bool = False) -> Prepare:
     return prepare
 
 
-def trl() -> Prepare:
-    """`GRPOTrainer.compute_loss` and the backward of its accelerator, on inputs that are ready.
+def trl(cut: bool = False) -> Prepare:
+    """`GRPOTrainer.compute_loss` and the backward of its accelerator, on inputs that are ready, in
+    one batch or in micro-batches.
 
     In it: everything of TRL's micro-step from token ids to gradients, its chunked head, entropies
     and metrics included. Not in it: generation, rewards, data loader, optimizer, and the gradient
@@ -203,24 +210,31 @@ def trl() -> Prepare:
         trainer.current_gradient_accumulation_steps = 1
         return trainer
 
-    def prepare(model, group: Group) -> Step:
-        batch = PaddedGroup.of(group, model.device)
+    def prepare(model, group: Group, pieces: int = 1) -> Step:
+        whole = PaddedGroup.of(group, model.device)
+        batches = whole.cut(pieces if cut else 1)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(model, *batch.completions.shape, folder)
+            trainer = trainer_of(model, *whole.completions.shape, folder)
         model.train()
-        inputs = {
-            "prompt_ids": batch.prompts,
-            "prompt_mask": torch.ones_like(batch.prompts),
-            "completion_ids": batch.completions,
-            "completion_mask": batch.mask.long(),
-            "advantages": batch.advantages,
-            "num_items_in_batch": batch.mask.sum(),
-        }
+        inputs = [
+            {
+                "prompt_ids": batch.prompts,
+                "prompt_mask": torch.ones_like(batch.prompts),
+                "completion_ids": batch.completions,
+                "completion_mask": batch.mask.long(),
+                "advantages": batch.advantages,
+                "num_items_in_batch": whole.mask.sum(),
+            }
+            for batch in batches
+        ]
 
         def step() -> Tensor:
-            loss = trainer.compute_loss(model, inputs)
-            trainer.accelerator.backward(loss)
-            return loss.detach()
+            total = torch.zeros((), device=model.device)
+            for batch in inputs:
+                loss = trainer.compute_loss(model, batch)
+                trainer.accelerator.backward(loss)
+                total += loss.detach()
+            return total
 
         return step
 
@@ -231,6 +245,8 @@ def trl() -> Prepare:
 class StepProvider(Provider):
     layout: Layout
     """What its operations are counted as."""
+    on_request: bool = False
+    """Only where --only names it."""
 
 
 PROVIDERS = (
@@ -242,8 +258,8 @@ PROVIDERS = (
     ),
     StepProvider(
         name="accumulated",
-        computes=f"the same in {PIECES} micro-batches: less memory, better for caches",
-        load=partial(padded, PIECES),
+        computes="the same in micro-batches (--pieces): less memory, better for caches",
+        load=partial(padded, True),
         layout="padded",
     ),
     StepProvider(
@@ -270,6 +286,14 @@ PROVIDERS = (
         load=trl,
         package="trl",
         layout="padded",
+    ),
+    StepProvider(
+        name="TRL accumulated",
+        computes="the same in micro-batches (--pieces), asked for with --only",
+        load=partial(trl, True),
+        package="trl",
+        layout="padded",
+        on_request=True,
     ),
 )
 

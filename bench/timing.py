@@ -128,6 +128,16 @@ def matmul_ceiling(products: list[tuple[Tensor, Tensor]]) -> Column:
     return run
 
 
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, threads: int) -> float:
+    """Operations a second of a large matrix product: the rate that a step cannot exceed."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = matmul_ceiling([(a, b)])
+    with limited_threads(threads):
+        times = interleaved({"product": product}, device, seconds=0.5)["product"]
+    return 2 * side**3 / statistics.median(times) * (threads if device.type == "cpu" else 1)
+
+
 def assert_right(actual: Tensor, eager: Tensor, oracle: Tensor, *, name: str) -> None:
     """`actual` and the same-dtype `eager` result against the float64 `oracle`."""
     assert_close_to_oracle(actual, eager, oracle, name=name, factor=CHECK_FACTOR)
@@ -138,14 +148,18 @@ def checked_rows(rows: int, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """A CPU column's process time is its work, not how long the other threads waited."""
+def limited_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """A CPU column's process time is its work, not how long the other threads waited."""
+    return limited_threads(1)
 
 
 def _once(run: Column, call: int, device: torch.device) -> float:

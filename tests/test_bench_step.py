@@ -28,7 +28,7 @@ from grpo_bench import steps
 def wrong():
     right = steps.padded()
 
-    def prepare(model, group):
+    def prepare(model, group, pieces):
         step = right(model, group)
 
         def spoiled():
@@ -181,19 +181,19 @@ def test_a_missing_peer_is_named_and_has_no_number(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(Gap, match="trl is not installed: pip install trl"):
         provider("TRL").calls()
-    line = bench_step.row(TINY, provider("TRL"), "trl is not installed", {})
+    line = bench_step.row(TINY, provider("TRL"), "trl is not installed", {}, 1e9)
     assert (line["seconds"], line["over_padded"], line["version"]) == (None, None, None)
     assert bench_step.step_table([line])[-1] == "TRL: trl is not installed"
 
 
 def test_ratios_are_medians_within_rounds():
     times = {"padded": [1.0, 2.0, 30.0], "shared": [0.5, 1.0, 10.0]}
-    line = bench_step.row(TINY, provider("shared"), Check(0.0, 0.0, 0), times)
+    line = bench_step.row(TINY, provider("shared"), Check(0.0, 0.0, 0), times, 1e9)
     assert (line["over_padded"], line["fastest"], line["rounds"]) == (2.0, 0.5, 3)
 
 
 def test_without_a_baseline_there_is_no_ratio():
-    line = bench_step.row(TINY, provider("shared"), Check(0.0, 0.0, 0), {"shared": [1.0, 1.0]})
+    line = bench_step.row(TINY, provider("shared"), Check(0.0, 0.0, 0), {"shared": [1.0, 1.0]}, 1e9)
     assert (line["seconds"], line["over_padded"], line["of_gain"]) == (1.0, None, None)
 
 
