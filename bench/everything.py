@@ -46,6 +46,7 @@ PARTS = {
         "--step --shape 64 32 8 --shape 32 64 8 --rounds 2 --seconds 0",
     ),
     "memory": Part("--memory", "--memory --shape 64 16 --largest 128 --budget 512"),
+    "rollout": Part("--rollout", "--rollout --shape 32 8 4 --rounds 2 --seconds 0"),
     "plan": Part("--plan", "--plan --quick"),
 }
 

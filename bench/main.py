@@ -43,6 +43,7 @@ examples:
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
+  grpo-fast bench --rollout          sampling a group, beside transformers' generate
   grpo-fast bench --all --quick      all of it at small sizes in under six minutes, with pictures
   grpo-fast bench --cases            aims A to J on a GPU, and how far they are met
   grpo-fast bench --report           the pictures and pages of bench/results made anew
@@ -54,6 +55,7 @@ TABLES = {
     "--peers": "compare",
     "--step": "bench_step",
     "--memory": "memory",
+    "--rollout": "rollouts",
     "--cases": "cases",
     "--report": "report",
     "--all": "everything",
@@ -72,6 +74,7 @@ def parser() -> Parser:
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
+        ("--rollout", "sampling a group instead, beside transformers' generate"),
         ("--cases", "what is aimed at on a GPU, case by case, and what results say of it"),
         ("--all", "every one of these tables, into a folder, with pictures"),
         ("--report", "pictures and pages from a folder of results; measures nothing"),

@@ -20,6 +20,7 @@ TITLES = {
     "accuracy": "Exactness",
     "step": "A whole step, by layout",
     "memory": "Memory and speed against the size of the group",
+    "rollout": "Rollouts",
     "plan": "The cost model against measurement",
     "timing": "Each op against eager and its ceiling",
     "static": "What the kernels compile to",

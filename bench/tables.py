@@ -167,6 +167,22 @@ def plan(record: Record) -> list[str]:
     return [*markdown(titles, body), "", *gaps(record["rows"])]
 
 
+def rollout(record: Record) -> list[str]:
+    titles = ["sampling a group", "time", "tokens/s", "x HF generate", "of roof", "extra memory"]
+    body = [
+        [
+            "{provider} {version}, P={P} C={C} G={G}, {model}, {dtype}".format(**r),
+            seconds_text(r["seconds"]),
+            form(r["tokens_per_second"], "{:,.0f}"),
+            form(r["over_hf"], "{:.2f}"),
+            form(r["of_roof"], "{:.2f}"),
+            mebibytes(r["extra_bytes"]),
+        ]
+        for r in record["rows"]
+    ]
+    return [*markdown(titles, body), "", *gaps(record["rows"])]
+
+
 TABLES: dict[str, Callable[[Record], list[str]]] = {
     "peers": peers,
     "accuracy": accuracy,
@@ -175,6 +191,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "timing": timing,
     "static": static,
     "plan": plan,
+    "rollout": rollout,
 }
 
 

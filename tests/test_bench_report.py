@@ -66,6 +66,11 @@ ROWS = {
         {"provider": "shared", "P": 4, "C": 2, "G": 8, "model": "tiny", "dtype": "float32"}
         | {"predicted_seconds": 1.1, "seconds": 1.0, "predicted_bytes": 90, "extra_bytes": 100}
     ],
+    "rollout": [
+        {"provider": "grpo-fast", "version": "1", "P": 4, "C": 2, "G": 8, "model": "tiny"}
+        | {"dtype": "float32", "seconds": 0.5, "tokens_per_second": 32.0, "over_hf": 2.0}
+        | {"of_roof": 0.25, "extra_bytes": 2**20, "error": None}
+    ],
     "static": [
         {"kernel": "_x_kernel", "variant": "fp32", "config": "BV=8", "target": target}
         | {"registers": 32, "spill_bytes": 0, "shared_bytes": 0, "occupancy": 0.75}
@@ -118,12 +123,13 @@ def test_tables_hold_the_figures(tmp_path):
     assert "| 8 | 16 MiB | - |" in text["memory"]
     assert "| ours | 1.0e-07 | 2.0e-07 | 3.0e-07 | yes |" in text["accuracy"]
     assert "| 1.1 s | 1 s | +10% | 0 MiB | 0 MiB | -10% |" in text["plan"]
+    assert "| 500 ms | 32 | 2.00 | 0.25 | 1 MiB |" in text["rollout"]
     assert "| x, fp32, BV=8 | 32 | 0 | 0 | 0.75 | 2 |" in text["static"]
     assert text["static"].count("x, fp32") == 1  # of one target
 
 
-@pytest.mark.parametrize("kind", sorted(set(ROWS) - {"accuracy", "static"}))
-def test_every_kind_but_two_is_drawn(kind, tmp_path):
+@pytest.mark.parametrize("kind", sorted(set(ROWS) - {"accuracy", "rollout", "static"}))
+def test_every_kind_but_three_is_drawn(kind, tmp_path):
     record = record_of(kind, tmp_path)
     assert charts.draw(record, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -168,6 +174,7 @@ def test_report_of_a_folder(tmp_path, capsys):
     assert "superseded" not in page  # nobody could make it again
     assert {path.stem for path in tmp_path.glob("*.png")} == {*ROWS, "gpu-x-step"} - {
         "accuracy",
+        "rollout",
         "static",
     }
 
