@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make static | make gpu OUT=DIR
+# make demo | make test | make lint | make static | make bench | make gpu OUT=DIR | make wheels OUT=DIR
 PYTHON ?= python3
 OUT ?= bench/results
 BIN := .venv/bin
 
-.PHONY: demo test lint static gpu clean
+.PHONY: demo test lint static bench gpu wheels clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -34,6 +34,14 @@ lint: .venv/.installed
 
 static: .venv/.installed
 	$(BIN)/grpo-fast bench --static
+
+# Every table at small sizes, with pictures: bench/quick/README.md
+bench: .venv/.installed .venv/.peers
+	PYTHONPATH=.venv/peers $(BIN)/grpo-fast bench --all --quick $(ARGS)
+
+# The peers for a GPU machine without a network: make gpu ARGS="--wheels DIR"
+wheels:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(OUT) -r tests/parity/peers.txt
 
 # No network and no .venv: the machine's own Python, torch, triton and transformers are measured.
 # In pieces: make gpu OUT=DIR ARGS="--only kernels --only timing"

@@ -5,7 +5,8 @@ completions, so that loss and gradients are the same at every G: each step is he
 at G = 8, and a wrong one has no number.
 
   extra      most memory at once beyond what was there before and beyond the gradients
-  s          seconds of the step, to tell what the memory was bought with
+  s          seconds of the step, to tell what the memory was bought with: process time of one
+             thread, or wall clock with more
 
 A layout whose next step would not fit into half of what is free is not run; under --limit it runs
 until it does not fit. The last size that a layout has a figure for is then its largest group."""
@@ -134,11 +135,14 @@ class MemorySeat:
             # What stays is allocated by the first step: tables, workspaces, the self-check.
             self._step(dataclasses.replace(match, shape=(*match.shape[:2], BASE_SIZE)))
         self.model.zero_grad()
-        meter, started = Meter(match.device), time.perf_counter()
+        # One thread's process time is its work, whatever else the machine does.
+        alone = match.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
+        meter, started = Meter(match.device), clock()
         loss = self._step(match)
         if match.device.type == "cuda":
             torch.cuda.synchronize(match.device)
-        seconds, extra = time.perf_counter() - started, meter.bytes()
+        seconds, extra = clock() - started, meter.bytes()
         exact, found = torch.load(truth), gradients(self.model)
         errors = loss_error(loss, exact["loss"]), gradient_error(found, exact["gradients"])
         if not max(errors) <= TOLERANCE[match.dtype]:
