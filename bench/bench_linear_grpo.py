@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grpo_fast import linear_grpo_loss, linear_logprob, reference
 
 from .inputs import CHUNK, linear_rows
-from .peers import CONFIG
+from .provider import CONFIG
 from .timing import (
     Case,
     Size,

@@ -1,4 +1,5 @@
-"""`grpo-fast bench --peers`: time and memory of the loss from hidden states, forward and backward.
+"""`grpo-fast bench --peers`: time and memory of the loss from hidden states, forward and backward;
+with `--logits` of the loss from logits.
 
 Every provider works in a process of its own and they take turns, one call each a round, in an order
 that moves on by one: a machine that is shared slows all of them down, and the ratios of a round
@@ -8,10 +9,13 @@ hold. A provider is held against the oracle first; one that is wrong or missing 
   spread          the middle three fifths of the calls over the median; a difference below is noise
   / eager, / ours median of the ratios within a round to the fastest of the eager rows and to ours;
                   below 1 is faster
+  of floor        the same, how much of a call the row `floor` would take: the bare matrix products
+                  (from logits: a copy of them), which are no loss and held against nothing
   CPU             median of the CPU seconds of a call, all threads together
-  extra           most memory at once beyond what was there before and beyond the gradients"""
+  extra           most memory at once beyond what was there before and beyond the gradients (from
+                  logits: with the gradient, which some make in the logits' place)"""
 
-import itertools
+import argparse
 import json
 import os
 import statistics
@@ -19,18 +23,25 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .isolated import Call, Match, Worker, write_truth
+from .isolated import Call, FloorSeat, Worker
+from .logits_peers import LOGITS_PROVIDERS
+from .matches import LogitsMatch, Match
 from .options import Parser
-from .peers import DTYPES, PROVIDERS, SEQUENCES, Gap, Provider
+from .peers import PROVIDERS
+from .provider import DTYPES, SEQUENCES, Gap, Provider
 from .timing import align, dtype_name, header, seconds_text, summary
 
-SCHEMA = 1
+SCHEMA = 2
 # Small, for a quick look also where bfloat16 products are slow; 1024 896 151936 is a real one.
-SHAPE = (128, 128, 8192)
+SHAPE, LOGITS_SHAPE = (128, 128, 8192), (128, 32768)
+# What CI has time for: everybody checked, and times that say no more than that there are some.
+QUICK_SHAPE, QUICK_LOGITS_SHAPE, QUICK_ROUNDS = (32, 64, 2048), (32, 4096), 2
 HEADS = ("trained", "frozen")
+FLOOR = "floor"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 Times = dict[str, list[Call]]
 OURS = {"cpu": "grpo-fast torch", "cuda": "grpo-fast triton"}
@@ -74,43 +85,50 @@ def fastest_eager(times: Times) -> str | None:
     return min(medians, key=medians.get, default=None)
 
 
-def row(match: Match, provider: Provider, error: str | None, times: Times, ours: str) -> dict:
+def row(
+    match: Match | LogitsMatch, provider: Provider, error: str | None, times: Times, ours: str
+) -> dict:
     """One line of a results file."""
-    calls = times.get(provider.name, []) if error is None else []
-    eager = fastest_eager(times)
+    name, eager = provider.name, fastest_eager(times)
+    calls = times.get(name, [])
 
-    def ratio(base: str | None) -> float | None:
-        if not calls or base not in times:
+    def ratio(above: str, below: str | None) -> float | None:
+        if above not in times or below not in times:
             return None
-        pairs = zip(calls, times[base], strict=True)
-        return statistics.median(mine.wall / theirs.wall for mine, theirs in pairs)
+        pairs = zip(times[above], times[below], strict=True)
+        return statistics.median(a.wall / b.wall for a, b in pairs)
 
     timed = summary([call.wall for call in calls]) if calls else {}
+    extra = [call.extra for call in calls if call.extra is not None]
     return {
-        "provider": provider.name,
+        "provider": name,
+        "role": FLOOR if name == FLOOR else "bound" if provider.bound else "loss",
         "version": provider.version,
         "computes": provider.computes,
-        **dict(zip("NDV", match.shape, strict=True)),
+        **match.sizes(),
         "S": SEQUENCES,
         "dtype": dtype_name(match.dtype),
-        "head": match.head,
         "seconds": timed.get("seconds"),
         "spread": timed.get("spread"),
         "rounds": timed.get("rounds"),
         "cpu_seconds": statistics.median(call.cpu for call in calls) if calls else None,
         "fastest_eager": eager,
-        "over_eager": ratio(eager),
-        "over_ours": ratio(ours),
-        "extra_bytes": max(call.extra for call in calls) if calls else None,
+        "over_eager": ratio(name, eager),
+        "over_ours": ratio(name, ours),
+        "of_floor": ratio(FLOOR, name),
+        "extra_bytes": max(extra, default=None),
         "error": error,
     }
 
 
-def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds) -> list[dict]:
+def play(
+    match: Match | LogitsMatch, workers: list[Worker], scratch: Path, ours: str, **rounds
+) -> list[dict]:
     """The rows of one match."""
     truth = scratch / "truth.pt"
     print(f"{match}: the oracle ...", file=sys.stderr, flush=True)
-    write_truth(match, truth)
+    kinds = {worker.provider.bound for worker in workers}
+    torch.save({bound: match.truth(bound=bound) for bound in kinds}, truth)
     errors: dict[str, str | None] = {}
     for worker in workers:
         name = worker.provider.name
@@ -127,7 +145,8 @@ def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds
 
 def compare_table(rows: list[dict]) -> list[str]:
     """Rows of one match as lines to print, what is missing or wrong named below."""
-    titles = ["provider", "version", "time", "spread", "/ eager", "/ ours", "CPU", "extra"]
+    titles = ["provider", "version", "time", "spread", "/ eager", "/ ours", "of floor", "CPU"]
+    titles += ["extra"]
 
     def form(value: float | None, text: str) -> str:
         return "-" if value is None else text.format(value)
@@ -140,20 +159,52 @@ def compare_table(rows: list[dict]) -> list[str]:
             form(r["spread"], "{:.0%}"),
             form(r["over_eager"], "{:.2f}"),
             form(r["over_ours"], "{:.2f}"),
+            form(r["of_floor"], "{:.2f}"),
             seconds_text(r["cpu_seconds"]),
             "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:.0f} MiB",
         ]
         for r in rows
     ]
-    return align([titles, *table]) + [f"{r['provider']}: {r['error']}" for r in rows if r["error"]]
+    below = [f"{r['provider']}: {r['computes']}" for r in rows if r["role"] != "loss"]
+    below += [f"{r['provider']}: {r['error']}" for r in rows if r["error"]]
+    return align([titles, *table]) + below
 
 
-def parser() -> Parser:
-    epilog = "\n".join(["who is asked:"] + [f"  {p.name:20}  {p.computes}" for p in PROVIDERS])
-    parsed = Parser("grpo-fast bench --peers", __doc__, epilog)
-    parsed.add_shape(SHAPE)
+class Table(NamedTuple):
+    """What is compared."""
+
+    kind: str
+    match: type[Match] | type[LogitsMatch]
+    providers: tuple[Provider, ...]
+    shape: tuple[int, ...]
+    quick: tuple[int, ...]
+
+    def matches(self, options: argparse.Namespace, shapes: list, device: torch.device) -> list:
+        heads = [{"head": head} for head in options.head or HEADS]
+        return [
+            self.match(shape=shape, dtype=DTYPES[dtype], device=device, **head)
+            for shape in shapes
+            for dtype in options.dtype or DTYPES
+            for head in (heads if self.match is Match else [{}])
+        ]
+
+
+def table_of(logits: bool) -> Table:
+    if logits:
+        shapes = (LOGITS_SHAPE, QUICK_LOGITS_SHAPE)
+        return Table("logits-peers", LogitsMatch, LOGITS_PROVIDERS, *shapes)
+    return Table("peers", Match, PROVIDERS, SHAPE, QUICK_SHAPE)
+
+
+def parser(table: Table) -> Parser:
+    names = [f"  {p.name:24}  {p.computes}" for p in table.providers]
+    parsed = Parser("grpo-fast bench --peers", __doc__, "\n".join(["who is asked:", *names]))
+    parsed.add_argument("--logits", action="store_true", help="the loss from logits instead")
+    parsed.add_shape(table.shape, table.match.letters, sweep=True)
     parsed.add_argument("--dtype", choices=DTYPES, action="append", help="may be given again")
-    parsed.add_argument("--head", choices=HEADS, action="append", help="may be given again")
+    if table.match is Match:
+        parsed.add_argument("--head", choices=HEADS, action="append", help="may be given again")
+    parsed.set_defaults(head=None)
     parsed.add_argument(
         "--only", metavar="NAME", action="append", help="of those below; may be given again"
     )
@@ -172,15 +223,29 @@ def parser() -> Parser:
     parsed.add_argument(
         "--seconds", type=float, default=5.0, help="time for more rounds (default: 5)"
     )
+    parsed.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"everybody checked, {QUICK_ROUNDS} rounds, default shape "
+        f"{' '.join(map(str, table.quick))}: for CI",
+    )
     parsed.add_place()
     return parsed
 
 
 def compare(
-    matches: list[Match], providers: list[Provider], *, ours: str, threads: int, **rounds
+    matches: list[Match] | list[LogitsMatch],
+    providers: list[Provider],
+    *,
+    ours: str,
+    threads: int,
+    **rounds,
 ) -> Iterator[list[dict]]:
     """The rows of match after match; `rounds` are `least` and `seconds`."""
     workers = [Worker(provider, threads) for provider in providers]
+    says = f"{matches[0].floor_is}; not a loss, held against nothing"
+    floor = Provider(name=FLOOR, computes=says, load=FloorSeat, package="torch")
+    workers.append(Worker(floor, threads, FloorSeat))
     try:
         for match in matches:
             narrow = match.dtype != torch.float32
@@ -194,18 +259,20 @@ def compare(
 
 def main(argv: list[str]) -> int:
     """Exit code 0; 1 when ours has no number; 2 for a wrong option."""
-    command = parser()
+    table = table_of("--logits" in argv)
+    command = parser(table)
     options = command.parse_args(argv)
-    shape, device = command.shape(options.shape, SEQUENCES), command.device(options.device)
+    shapes = command.shapes(options, table.match.letters, SEQUENCES)
+    shapes = shapes or [table.quick if options.quick else table.shape]
+    device = command.device(options.device)
+    if options.quick:
+        options.rounds, options.seconds = QUICK_ROUNDS, 0.0
     if options.rounds < 2 or options.threads < 1:
         command.error("--rounds from 2, --threads from 1")
-    there = {p.name: p for p in PROVIDERS if device.type in p.timed_on}
+    there = {p.name: p for p in table.providers if device.type in p.timed_on}
     for name in set(options.only or ()) - set(there):
         command.error(f"--only {name!r}: on {device.type} there are {', '.join(there)}")
-    matches = [
-        Match(shape=shape, dtype=DTYPES[dtype], head=head, device=device)
-        for dtype, head in itertools.product(options.dtype or DTYPES, options.head or HEADS)
-    ]
+    matches = table.matches(options, shapes, device)
     about = header(device, Path(__file__).resolve().parent.parent)
     about |= {"clock": "wall clock", "threads": options.threads}
     about |= {"load_before": os.getloadavg()[0]}
@@ -226,7 +293,7 @@ def main(argv: list[str]) -> int:
     about |= {"load_after": os.getloadavg()[0]}
     print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")
     if options.json:
-        result = {"schema": SCHEMA, "kind": "peers", "about": about, "rows": rows}
+        result = {"schema": SCHEMA, "kind": table.kind, "about": about, "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [r for r in rows if r["provider"].startswith("grpo-fast") and r["error"]]
     return 1 if wrong else 0

@@ -28,7 +28,7 @@ from .bench_step import TOLERANCE
 from .isolated import Worker
 from .models import MODELS
 from .options import Parser
-from .peers import DTYPES, Gap
+from .provider import DTYPES, Gap
 from .steps import (
     LOSS,
     Prepare,
