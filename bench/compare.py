@@ -16,6 +16,7 @@ hold. A provider is held against the oracle first; one that is wrong or missing 
                   logits: with the gradient, which some make in the logits' place)"""
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from .isolated import Call, FloorSeat, Worker
+from .isolated import Absent, Call, FloorSeat, Worker
 from .logits_peers import LOGITS_PROVIDERS
 from .matches import LogitsMatch, Match
 from .options import Parser
@@ -40,7 +41,6 @@ SCHEMA = 2
 SHAPE, LOGITS_SHAPE = (128, 128, 8192), (128, 32768)
 # What CI has time for: everybody checked, and times that say no more than that there are some.
 QUICK_SHAPE, QUICK_LOGITS_SHAPE, QUICK_ROUNDS = (32, 64, 2048), (32, 4096), 2
-HEADS = ("trained", "frozen")
 FLOOR = "floor"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 Times = dict[str, list[Call]]
@@ -180,12 +180,15 @@ class Table(NamedTuple):
     quick: tuple[int, ...]
 
     def matches(self, options: argparse.Namespace, shapes: list, device: torch.device) -> list:
-        heads = [{"head": head} for head in options.head or HEADS]
+        """Every dtype and head of every shape; with `--quick` each of them once."""
+        dtypes, heads = options.dtype or list(DTYPES), options.head or self.match.heads
+        pairs = list(itertools.product(dtypes, heads))
+        if options.quick:
+            turns = range(max(len(dtypes), len(heads)))
+            pairs = [(dtypes[i % len(dtypes)], heads[i % len(heads)]) for i in turns]
         return [
-            self.match(shape=shape, dtype=DTYPES[dtype], device=device, **head)
-            for shape in shapes
-            for dtype in options.dtype or DTYPES
-            for head in (heads if self.match is Match else [{}])
+            self.match(shape=shape, dtype=DTYPES[dtype], device=device, head=head)
+            for shape, (dtype, head) in itertools.product(shapes, pairs)
         ]
 
 
@@ -202,8 +205,9 @@ def parser(table: Table) -> Parser:
     parsed.add_argument("--logits", action="store_true", help="the loss from logits instead")
     parsed.add_shape(table.shape, table.match.letters, sweep=True)
     parsed.add_argument("--dtype", choices=DTYPES, action="append", help="may be given again")
-    if table.match is Match:
-        parsed.add_argument("--head", choices=HEADS, action="append", help="may be given again")
+    heads = [head for head in table.match.heads if head is not None]
+    if heads:
+        parsed.add_argument("--head", choices=heads, action="append", help="may be given again")
     parsed.set_defaults(head=None)
     parsed.add_argument(
         "--only", metavar="NAME", action="append", help="of those below; may be given again"
@@ -226,8 +230,8 @@ def parser(table: Table) -> Parser:
     parsed.add_argument(
         "--quick",
         action="store_true",
-        help=f"everybody checked, {QUICK_ROUNDS} rounds, default shape "
-        f"{' '.join(map(str, table.quick))}: for CI",
+        help=f"for CI: {QUICK_ROUNDS} rounds, each dtype and head once, who compiles left out, "
+        f"default shape {' '.join(map(str, table.quick))}",
     )
     parsed.add_place()
     return parsed
@@ -239,10 +243,17 @@ def compare(
     *,
     ours: str,
     threads: int,
+    quick: bool = False,
     **rounds,
 ) -> Iterator[list[dict]]:
     """The rows of match after match; `rounds` are `least` and `seconds`."""
-    workers = [Worker(provider, threads) for provider in providers]
+    device = matches[0].device.type
+    workers = [
+        Absent(provider, "left out by --quick: it compiles for many seconds")
+        if quick and device in provider.compiled_on
+        else Worker(provider, threads)
+        for provider in providers
+    ]
     says = f"{matches[0].floor_is}; not a loss, held against nothing"
     floor = Provider(name=FLOOR, computes=says, load=FloorSeat, package="torch")
     workers.append(Worker(floor, threads, FloorSeat))
@@ -283,6 +294,7 @@ def main(argv: list[str]) -> int:
         [there[name] for name in options.only or there],
         ours=OURS[device.type],
         threads=options.threads,
+        quick=options.quick,
         least=options.rounds,
         seconds=options.seconds,
     )

@@ -3,11 +3,12 @@ of a table.
 """
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -87,6 +88,8 @@ class FloorSeat:
 def serve(pipe, provider: Provider, threads: int, seat_of: type) -> None:
     """The loop of a provider's process: (method, arguments) in, its answer or a Gap out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
+    # A pool of compilers would leave semaphores behind when this process is ended.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(threads)
     seat = None
     for method, arguments in iter(pipe.recv, None):
@@ -128,6 +131,19 @@ class Worker:
     def close(self) -> None:
         self.process.terminate()
         self.process.join()
+
+
+class Absent:
+    """In the place of a worker: why there is none."""
+
+    def __init__(self, provider: Provider, reason: str):
+        self.provider, self.reason = provider, reason
+
+    def ask(self, method: str, *arguments) -> NoReturn:
+        raise Gap(self.reason)
+
+    def close(self) -> None:
+        pass
 
 
 class Inline:

@@ -30,6 +30,7 @@ class Match:
     """The loss from hidden states and head."""
 
     letters: ClassVar[str] = "NDV"
+    heads: ClassVar[tuple] = ("trained", "frozen")
     floor_is: ClassVar[str] = "the bare matrix products, 3G with a trained head, 2G with a frozen"
 
     shape: tuple[int, int, int]
@@ -97,11 +98,13 @@ class LogitsMatch:
     """The loss from logits."""
 
     letters: ClassVar[str] = "NV"
+    heads: ClassVar[tuple] = (None,)
     floor_is: ClassVar[str] = "a copy of the logits: one read and one write"
 
     shape: tuple[int, int]
     """N, V."""
     dtype: torch.dtype
+    head: None = None
     device: torch.device
 
     def __str__(self) -> str:
@@ -109,7 +112,7 @@ class LogitsMatch:
 
     def sizes(self) -> dict:
         """As in a row of a results file."""
-        return dict(zip(self.letters, self.shape, strict=True)) | {"D": None, "head": None}
+        return dict(zip(self.letters, self.shape, strict=True)) | {"D": None, "head": self.head}
 
     def batch(self, *, bound: bool = False) -> LogitsBatch:
         return random_logits(self.shape, self.dtype, self.device)
@@ -130,7 +133,9 @@ class LogitsMatch:
         some = checked_rows(batch.targets.numel(), self.device)
         for sequence in found.dlogits:
             norms += [part.double().norm(dim=-1) for part in sequence.split(CHUNK)]
-        parts = {"loss": found.loss, "logp": found.logp, "dlogits norm": torch.cat(norms).float()}
+        parts = {"loss": found.loss, "logp": found.logp, "dlogits norm": torch.cat(norms)}
+        # As exact as what it sums.
+        parts["dlogits norm"] = parts["dlogits norm"].to(found.dlogits.dtype)
         parts["dlogits"] = found.dlogits[some // length, some % length]
         return {name: part.cpu() for name, part in parts.items() if part is not None}
 
@@ -138,7 +143,7 @@ class LogitsMatch:
         """The oracle's results and the eager ones in the inputs' dtype, whose error is the
         measure."""
         batch = self.batch()
-        same = self.run(logits_peers.eager(), batch)
+        same = self.run(logits_peers.eager_logsumexp(), batch)
         return {"exact": exact_logits(batch), "eager": self.compared(same, batch)}
 
     def floor(self) -> Column:

@@ -169,8 +169,8 @@ def liger_scaled() -> Calls:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
-        nll, found = Scaled.apply(hidden, weight, targets, 1.0, -100, 1, entropy)[:2]
-        return LogProbs(-nll, found)
+        found = Scaled.apply(hidden, weight, targets, 1.0, -100, 1, entropy)
+        return LogProbs(-found[0], found[1]) if entropy else LogProbs(-found, None)
 
     return with_torch_loss(logprobs)
 
