@@ -266,7 +266,8 @@ LOGITS_PROVIDERS = (
         computes="triton_grpo_loss_forward_backward, the whole loss in one launch",
         load=fast_llm,
         package="fast-llm",
-        install="from git alone, ServiceNow/Fast-LLM",
+        install="from git alone, ServiceNow/Fast-LLM, Python 3.12",
         timed_on=("cuda",),
+        needs_gpu=True,
     ),
 )
