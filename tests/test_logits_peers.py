@@ -1,5 +1,5 @@
 """Beside the peers from logits: everybody is right, in-place gradients spoil nobody's inputs, and
-the sweep is one flat file. Peers that are not installed are skipped here, and named in the table."""
+the sweep is one flat file. Peers that are not installed are skipped here and named there."""
 
 import importlib.metadata
 import json

@@ -306,7 +306,7 @@ def test_a_wrong_or_missing_provider_gets_no_number(spoiled, monkeypatch, capsys
     assert (floor["role"], floor["error"], floor["extra_bytes"]) == ("floor", None, None)
     assert floor["seconds"] > 0
     assert floor["of_floor"] == 1.0
-    assert rows["eager"]["of_floor"] == pytest.approx(1 / floor["over_eager"], rel=0.5)
+    assert rows["eager"]["of_floor"] == floor["over_eager"] > 0
     assert "floor: the bare matrix products" in out
     keys = {"N", "D", "V", "dtype", "head", "role", "seconds", "of_floor", "extra_bytes"}
     assert all(keys <= set(row) for row in written["rows"])
