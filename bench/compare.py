@@ -15,16 +15,14 @@ hold. A provider is held against the oracle first; one that is wrong or missing 
   extra           most memory at once beyond what was there before and beyond the gradients (from
                   logits: with the gradient, which some make in the logits' place)"""
 
-import argparse
 import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,10 +35,7 @@ from .provider import DTYPES, SEQUENCES, Gap, Provider
 from .timing import align, dtype_name, header, seconds_text, summary
 
 SCHEMA = 2
-# Small, for a quick look also where bfloat16 products are slow; 1024 896 151936 is a real one.
-SHAPE, LOGITS_SHAPE = (128, 128, 8192), (128, 32768)
-# What CI has time for: everybody checked, and times that say no more than that there are some.
-QUICK_SHAPE, QUICK_LOGITS_SHAPE, QUICK_ROUNDS = (32, 64, 2048), (32, 4096), 2
+QUICK_ROUNDS = 2
 FLOOR = "floor"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 Times = dict[str, list[Call]]
@@ -85,9 +80,7 @@ def fastest_eager(times: Times) -> str | None:
     return min(medians, key=medians.get, default=None)
 
 
-def row(
-    match: Match | LogitsMatch, provider: Provider, error: str | None, times: Times, ours: str
-) -> dict:
+def row(match: Match, provider: Provider, error: str | None, times: Times, ours: str) -> dict:
     """One line of a results file."""
     name, eager = provider.name, fastest_eager(times)
     calls = times.get(name, [])
@@ -121,9 +114,7 @@ def row(
     }
 
 
-def play(
-    match: Match | LogitsMatch, workers: list[Worker], scratch: Path, ours: str, **rounds
-) -> list[dict]:
+def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds) -> list[dict]:
     """The rows of one match."""
     truth = scratch / "truth.pt"
     print(f"{match}: the oracle ...", file=sys.stderr, flush=True)
@@ -170,42 +161,26 @@ def compare_table(rows: list[dict]) -> list[str]:
     return align([titles, *table]) + below
 
 
-class Table(NamedTuple):
-    """What is compared."""
-
-    kind: str
-    match: type[Match] | type[LogitsMatch]
-    providers: tuple[Provider, ...]
-    shape: tuple[int, ...]
-    quick: tuple[int, ...]
-
-    def matches(self, options: argparse.Namespace, shapes: list, device: torch.device) -> list:
-        """Every dtype and head of every shape; with `--quick` each of them once."""
-        dtypes, heads = options.dtype or list(DTYPES), options.head or self.match.heads
-        pairs = list(itertools.product(dtypes, heads))
-        if options.quick:
-            turns = range(max(len(dtypes), len(heads)))
-            pairs = [(dtypes[i % len(dtypes)], heads[i % len(heads)]) for i in turns]
-        return [
-            self.match(shape=shape, dtype=DTYPES[dtype], device=device, head=head)
-            for shape, (dtype, head) in itertools.product(shapes, pairs)
-        ]
+def matches_of(kind: type[Match], options, shapes, device) -> list:
+    """Every dtype and head of every shape; with `--quick` each of them once."""
+    dtypes, heads = options.dtype or list(DTYPES), options.head or kind.heads
+    pairs = list(itertools.product(dtypes, heads))
+    if options.quick:
+        turns = range(max(len(dtypes), len(heads)))
+        pairs = [(dtypes[i % len(dtypes)], heads[i % len(heads)]) for i in turns]
+    return [
+        kind(shape=shape, dtype=DTYPES[dtype], device=device, head=head)
+        for shape, (dtype, head) in itertools.product(shapes, pairs)
+    ]
 
 
-def table_of(logits: bool) -> Table:
-    if logits:
-        shapes = (LOGITS_SHAPE, QUICK_LOGITS_SHAPE)
-        return Table("logits-peers", LogitsMatch, LOGITS_PROVIDERS, *shapes)
-    return Table("peers", Match, PROVIDERS, SHAPE, QUICK_SHAPE)
-
-
-def parser(table: Table) -> Parser:
-    names = [f"  {p.name:24}  {p.computes}" for p in table.providers]
+def parser(kind: type[Match], providers: Sequence[Provider]) -> Parser:
+    names = [f"  {p.name:24}  {p.computes}" for p in providers]
     parsed = Parser("grpo-fast bench --peers", __doc__, "\n".join(["who is asked:", *names]))
     parsed.add_argument("--logits", action="store_true", help="the loss from logits instead")
-    parsed.add_shape(table.shape, table.match.letters, sweep=True)
+    parsed.add_shape(kind.usual, kind.letters, sweep=True)
     parsed.add_argument("--dtype", choices=DTYPES, action="append", help="may be given again")
-    heads = [head for head in table.match.heads if head is not None]
+    heads = [head for head in kind.heads if head is not None]
     if heads:
         parsed.add_argument("--head", choices=heads, action="append", help="may be given again")
     parsed.set_defaults(head=None)
@@ -231,14 +206,14 @@ def parser(table: Table) -> Parser:
         "--quick",
         action="store_true",
         help=f"for CI: {QUICK_ROUNDS} rounds, each dtype and head once, who compiles left out, "
-        f"default shape {' '.join(map(str, table.quick))}",
+        f"default shape {' '.join(map(str, kind.quick))}",
     )
     parsed.add_place()
     return parsed
 
 
 def compare(
-    matches: list[Match] | list[LogitsMatch],
+    matches: list[Match],
     providers: list[Provider],
     *,
     ours: str,
@@ -270,20 +245,21 @@ def compare(
 
 def main(argv: list[str]) -> int:
     """Exit code 0; 1 when ours has no number; 2 for a wrong option."""
-    table = table_of("--logits" in argv)
-    command = parser(table)
+    logits = "--logits" in argv
+    kind, providers = (LogitsMatch, LOGITS_PROVIDERS) if logits else (Match, PROVIDERS)
+    command = parser(kind, providers)
     options = command.parse_args(argv)
-    shapes = command.shapes(options, table.match.letters, SEQUENCES)
-    shapes = shapes or [table.quick if options.quick else table.shape]
+    shapes = command.shapes(options, kind.letters, SEQUENCES)
+    shapes = shapes or [kind.quick if options.quick else kind.usual]
     device = command.device(options.device)
     if options.quick:
         options.rounds, options.seconds = QUICK_ROUNDS, 0.0
     if options.rounds < 2 or options.threads < 1:
         command.error("--rounds from 2, --threads from 1")
-    there = {p.name: p for p in table.providers if device.type in p.timed_on}
+    there = {p.name: p for p in providers if device.type in p.timed_on}
     for name in set(options.only or ()) - set(there):
         command.error(f"--only {name!r}: on {device.type} there are {', '.join(there)}")
-    matches = table.matches(options, shapes, device)
+    matches = matches_of(kind, options, shapes, device)
     about = header(device, Path(__file__).resolve().parent.parent)
     about |= {"clock": "wall clock", "threads": options.threads}
     about |= {"load_before": os.getloadavg()[0]}
@@ -305,7 +281,7 @@ def main(argv: list[str]) -> int:
     about |= {"load_after": os.getloadavg()[0]}
     print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")
     if options.json:
-        result = {"schema": SCHEMA, "kind": table.kind, "about": about, "rows": rows}
+        result = {"schema": SCHEMA, "kind": kind.name, "about": about, "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [r for r in rows if r["provider"].startswith("grpo-fast") and r["error"]]
     return 1 if wrong else 0

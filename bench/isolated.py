@@ -14,7 +14,7 @@ import torch
 
 from grpo_fast.memory import Meter
 
-from .matches import LogitsMatch, Match
+from .matches import Match
 from .provider import Gap, Provider, said
 from .timing import assert_right
 
@@ -47,7 +47,7 @@ class Seat:
     def __init__(self, provider: Provider):
         self.bound, self.calls = provider.bound, provider.calls()
 
-    def open(self, match: Match | LogitsMatch, truth: Path) -> str | None:
+    def open(self, match: Match, truth: Path) -> str | None:
         """Make the inputs and hold the results against the truth: what is wrong, or None."""
         self.match, self.batch = match, None
         self.batch = match.batch(bound=self.bound)
@@ -76,7 +76,7 @@ class FloorSeat:
     def __init__(self, provider: Provider):
         self.provider = provider
 
-    def open(self, match: Match | LogitsMatch, truth: Path) -> None:
+    def open(self, match: Match, truth: Path) -> None:
         self.device, self.column = match.device, None
         self.column = match.floor()
 

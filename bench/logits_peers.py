@@ -109,8 +109,6 @@ def eager(*, compiled: bool = False) -> LogitsCalls:
 
 
 def eager_logsumexp() -> LogitsCalls:
-    """Also the measure of everybody's error, as most kernels subtract the same two numbers."""
-
     def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
         wide = logits.float()
         return wide.gather(1, targets[:, None])[:, 0] - wide.logsumexp(-1)

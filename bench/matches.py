@@ -9,14 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
-
 from . import logits_peers, peers
-from .bench_linear_grpo import compared_rows, exact_gradients
+from .bench_linear_grpo import compared_rows, exact_gradients, oracle_terms
 from .inputs import CHUNK
 from .logits_peers import LogitsBatch, LogitsCalls, LogitsGradients, random_logits
 from .peers import Batch, Calls, Gradients, gradients, random_batch
-from .provider import CONFIG
 from .timing import Column, checked_rows, copy_ceiling, dtype_name, matmul_ceiling
 
 # Rows of a floor's products at a time: as large as products become fast, and no larger.
@@ -29,22 +26,29 @@ Parts = dict[str, Tensor]
 class Match:
     """The loss from hidden states and head."""
 
+    name: ClassVar[str] = "peers"
+    # Small, for a quick look also where bfloat16 products are slow; 1024 896 151936 is a real one.
+    usual: ClassVar[tuple[int, ...]] = (128, 128, 8192)
+    quick: ClassVar[tuple[int, ...]] = (32, 64, 2048)
     letters: ClassVar[str] = "NDV"
     heads: ClassVar[tuple] = ("trained", "frozen")
     floor_is: ClassVar[str] = "the bare matrix products, 3G with a trained head, 2G with a frozen"
 
-    shape: tuple[int, int, int]
-    """N, D, V."""
+    shape: tuple[int, ...]
+    """By `letters`."""
     dtype: torch.dtype
-    head: str
     device: torch.device
+    head: str | None
 
     def __str__(self) -> str:
-        return f"{sizes_text(self)}, head {self.head}"
+        sizes = zip(self.letters, self.shape, strict=True)
+        words = [f"{letter}={size}" for letter, size in sizes] + [dtype_name(self.dtype)]
+        return " ".join(words) + (f", head {self.head}" if self.head else "")
 
     def sizes(self) -> dict:
-        """As in a row of a results file."""
-        return dict(zip(self.letters, self.shape, strict=True)) | {"head": self.head}
+        """As in a row of a results file; None for what it has not."""
+        shape = zip(self.letters, self.shape, strict=True)
+        return dict.fromkeys("NDV") | dict(shape) | {"head": self.head}
 
     def batch(self, *, bound: bool = False) -> Batch:
         """For a bound the batch whose gradient is that of the mean negative log-prob."""
@@ -70,16 +74,20 @@ class Match:
             parts["dweight"] = found.dweight[rows]
         return {name: part.cpu() for name, part in parts.items() if part is not None}
 
-    def truth(self, *, bound: bool = False) -> dict[str, Parts]:
-        """The oracle's results and the eager ones in the inputs' dtype, whose error is the
-        measure."""
-        batch = self.batch(bound=bound)
+    def exact(self, batch: Batch) -> Parts:
+        """What the oracle says in float64, of what is compared."""
         found = exact_gradients(batch.rows())
         dweight = None if self.head == "frozen" else found.dweight
-        exact = self.compared(Gradients(found.loss, found.logp, found.dhidden, dweight), batch)
-        del found, dweight
-        same = self.run(peers.eager(None, torch.float32), batch)
-        return {"exact": exact, "eager": self.compared(same, batch)}
+        return self.compared(Gradients(found.loss, found.logp, found.dhidden, dweight), batch)
+
+    def eager(self) -> Calls:
+        """Whose error in the inputs' dtype is the measure of everybody's."""
+        return peers.eager(None, torch.float32)
+
+    def truth(self, *, bound: bool = False) -> dict[str, Parts]:
+        batch = self.batch(bound=bound)
+        same = self.run(self.eager(), batch)
+        return {"exact": self.exact(batch), "eager": self.compared(same, batch)}
 
     def floor(self) -> Column:
         rows = self.batch().rows()
@@ -94,25 +102,17 @@ class Match:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitsMatch:
+class LogitsMatch(Match):
     """The loss from logits."""
 
+    name: ClassVar[str] = "logits-peers"
+    usual: ClassVar[tuple[int, ...]] = (128, 32768)
+    quick: ClassVar[tuple[int, ...]] = (32, 4096)
     letters: ClassVar[str] = "NV"
     heads: ClassVar[tuple] = (None,)
     floor_is: ClassVar[str] = "a copy of the logits: one read and one write"
 
-    shape: tuple[int, int]
-    """N, V."""
-    dtype: torch.dtype
     head: None = None
-    device: torch.device
-
-    def __str__(self) -> str:
-        return sizes_text(self)
-
-    def sizes(self) -> dict:
-        """As in a row of a results file."""
-        return dict(zip(self.letters, self.shape, strict=True)) | {"D": None, "head": self.head}
 
     def batch(self, *, bound: bool = False) -> LogitsBatch:
         return random_logits(self.shape, self.dtype, self.device)
@@ -128,59 +128,38 @@ class LogitsMatch:
         return 0
 
     def compared(self, found: LogitsGradients, batch: LogitsBatch) -> Parts:
-        """Of d(logits) some rows, and the norm of every row."""
+        """Of d(logits) some rows, and the norm of every row, as exact as what it sums."""
         length, norms = batch.targets.shape[1], []
         some = checked_rows(batch.targets.numel(), self.device)
         for sequence in found.dlogits:
             norms += [part.double().norm(dim=-1) for part in sequence.split(CHUNK)]
-        parts = {"loss": found.loss, "logp": found.logp, "dlogits norm": torch.cat(norms)}
-        # As exact as what it sums.
-        parts["dlogits norm"] = parts["dlogits norm"].to(found.dlogits.dtype)
+        parts = {"loss": found.loss, "logp": found.logp}
+        parts["dlogits norm"] = torch.cat(norms).to(found.dlogits.dtype)
         parts["dlogits"] = found.dlogits[some // length, some % length]
         return {name: part.cpu() for name, part in parts.items() if part is not None}
 
-    def truth(self, *, bound: bool = False) -> dict[str, Parts]:
-        """The oracle's results and the eager ones in the inputs' dtype, whose error is the
-        measure."""
-        batch = self.batch()
-        same = self.run(logits_peers.eager_logsumexp(), batch)
-        return {"exact": exact_logits(batch), "eager": self.compared(same, batch)}
+    def exact(self, batch: LogitsBatch) -> Parts:
+        """A few rows at a time: all of the gradient would take four times the logits."""
+        rows, loss = batch.rows(), 0.0
+        some = checked_rows(len(rows["targets"]), self.device)
+        found: dict[str, list[Tensor]] = {"logp": [], "dlogits norm": [], "dlogits": []}
+        for start in range(0, len(rows["targets"]), CHUNK):
+            part = slice(start, start + CHUNK)
+            leaf = rows["logits"][part].double().requires_grad_()
+            terms = oracle_terms(leaf, rows, part)
+            (gradient,) = torch.autograd.grad(terms.loss.sum(), leaf)
+            loss += terms.loss.sum().detach()
+            found["logp"].append(terms.logp.detach())
+            found["dlogits norm"].append(gradient.norm(dim=-1))
+            here = some[(some >= start) & (some < start + CHUNK)] - start
+            found["dlogits"].append(gradient[here])
+        parts = {name: torch.cat(pieces).cpu() for name, pieces in found.items()}
+        return parts | {"loss": loss.cpu()}
+
+    def eager(self) -> LogitsCalls:
+        """The form of most kernels: its errors are theirs, log-softmax has a part of them."""
+        return logits_peers.eager_logsumexp()
 
     def floor(self) -> Column:
         n, v = self.shape
         return copy_ceiling(2 * n * v * self.dtype.itemsize, self.device)
-
-
-def exact_logits(batch: LogitsBatch) -> Parts:
-    """What the oracle says in float64, a few rows at a time: the parts that are compared."""
-    rows = batch.rows()
-    count = len(rows["targets"])
-    some = checked_rows(count, rows["targets"].device)
-    found: dict[str, list[Tensor]] = {"logp": [], "dlogits norm": [], "dlogits": []}
-    loss = 0.0
-    for start in range(0, count, CHUNK):
-        logits, targets, advantages, old = (x[start : start + CHUNK] for x in rows.values())
-        leaf = logits.double().requires_grad_()
-        terms = reference.grpo_loss(
-            leaf,
-            targets,
-            advantages.double(),
-            mask=torch.ones_like(targets, dtype=torch.bool),
-            cu_seqlens=torch.tensor([0, len(targets)], device=targets.device),
-            old_logp=old.double(),
-            denominator=count,
-            config=CONFIG,
-        )
-        (gradient,) = torch.autograd.grad(terms.loss.sum(), leaf)
-        loss += terms.loss.sum().detach()
-        found["logp"].append(terms.logp.detach())
-        found["dlogits norm"].append(gradient.norm(dim=-1))
-        here = some[(some >= start) & (some < start + CHUNK)] - start
-        found["dlogits"].append(gradient[here])
-    return {"loss": loss.cpu()} | {name: torch.cat(parts).cpu() for name, parts in found.items()}
-
-
-def sizes_text(match: Match | LogitsMatch) -> str:
-    sizes = zip(match.letters, match.shape, strict=True)
-    shape = " ".join(f"{letter}={size}" for letter, size in sizes)
-    return f"{shape} {dtype_name(match.dtype)}"

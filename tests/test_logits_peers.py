@@ -10,7 +10,7 @@ import torch
 
 from grpo_bench import compare, logits_peers, main, matches
 from grpo_bench.logits_peers import LOGITS_PROVIDERS, LogitsCalls
-from grpo_bench.matches import LogitsMatch, exact_logits
+from grpo_bench.matches import LogitsMatch
 from grpo_bench.provider import CONFIG, Gap, Provider
 from grpo_bench.timing import assert_right, checked_rows
 
@@ -80,7 +80,7 @@ def test_exact_gradient_is_the_derivative_of_the_exact_loss():
     advantages = batch.advantages[:, None].double()
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     (dlogits,) = torch.autograd.grad(loss, leaf)
-    rows, exact = dlogits.flatten(0, 1), exact_logits(batch)
+    rows, exact = dlogits.flatten(0, 1), match.exact(batch)
     torch.testing.assert_close(exact["loss"], loss.detach())
     torch.testing.assert_close(exact["logp"], logp.detach().flatten())
     torch.testing.assert_close(exact["dlogits norm"], rows.norm(dim=-1))
