@@ -24,18 +24,8 @@ from torch import Tensor
 
 from .bench_linear_grpo import Exact, exact_gradients
 from .options import Parser
-from .peers import (
-    DTYPES,
-    PROVIDERS,
-    SEQUENCES,
-    Batch,
-    Calls,
-    Gap,
-    Provider,
-    gradients,
-    random_batch,
-    said,
-)
+from .peers import PROVIDERS, Batch, Calls, gradients, random_batch
+from .provider import DTYPES, SEQUENCES, Gap, Provider, said
 from .record import about, written
 from .timing import align, checked_rows, dtype_name
 
@@ -123,8 +113,13 @@ def provider_row(provider: Provider, truth: Truth) -> dict:
     n, v = truth.batch.targets.numel(), truth.batch.weight.shape[0]
     row = {"provider": provider.name, "version": provider.version, "computes": provider.computes}
     row |= dict.fromkeys((*MEASURES, "ratio_is_1", "not_finite", "gap"))
-    interpreted = provider.name == "grpo-fast triton" and not truth.batch.hidden.is_cuda
+    device = truth.batch.hidden.device
+    interpreted = provider.name == "grpo-fast triton" and device.type == "cpu"
     try:
+        if provider.bound:
+            raise Gap("a bound on time, not the loss")
+        if device.type in provider.compiled_on:
+            raise Gap("not asked here: it would be compiled for each batch")
         if interpreted and n * v > INTERPRETED_LOGITS:
             raise Gap(f"interpreted, at most {INTERPRETED_LOGITS} logits: take a smaller --shape")
         calls = provider.calls()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grpo_fast import linear_grpo_loss, linear_logprob, reference
 
 from .inputs import CHUNK, linear_rows
-from .peers import CONFIG
+from .provider import CONFIG
 from .timing import (
     Case,
     Size,
@@ -72,24 +72,29 @@ class Exact(NamedTuple):
     dweight: Tensor
 
 
+def oracle_terms(logits: Tensor, rows: dict[str, Tensor | None], part: slice):
+    """The oracle's terms of a part of the rows, from their float64 logits; without `old_logprobs`
+    on policy."""
+    targets, old = rows["targets"][part], rows["old_logprobs"]
+    return reference.grpo_loss(
+        logits,
+        targets,
+        rows["advantages"][part].double(),
+        mask=torch.ones_like(targets, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, len(targets)], device=targets.device),
+        old_logp=None if old is None else old[part].double(),
+        denominator=len(rows["targets"]),
+        config=CONFIG,
+    )
+
+
 def exact_gradients(rows: dict[str, Tensor | None]) -> Exact:
-    """The oracle a few rows at a time; without `old_logprobs` on policy."""
+    """The oracle a few rows at a time."""
     hidden, weight = (rows[name].double().requires_grad_() for name in ("hidden", "weight"))
     loss, logp, entropy = hidden.new_zeros(()), [], []
-    old, count = rows["old_logprobs"], hidden.shape[0]
-    for start in range(0, count, CHUNK):
+    for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        targets = rows["targets"][part]
-        terms = reference.grpo_loss(
-            hidden[part] @ weight.t(),
-            targets,
-            rows["advantages"][part].double(),
-            mask=torch.ones_like(targets, dtype=torch.bool),
-            cu_seqlens=torch.tensor([0, len(targets)], device=targets.device),
-            old_logp=None if old is None else old[part].double(),
-            denominator=count,
-            config=CONFIG,
-        )
+        terms = oracle_terms(hidden[part] @ weight.t(), rows, part)
         terms.loss.sum().backward()
         loss += terms.loss.sum().detach()
         logp.append(terms.logp.detach())

@@ -33,7 +33,7 @@ from .cost import StepCost
 from .isolated import Call, Inline, Worker
 from .models import MODELS
 from .options import Parser
-from .peers import DTYPES, Gap
+from .provider import DTYPES, Gap
 from .record import about, written
 from .steps import (
     PIECES,

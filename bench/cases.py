@@ -174,7 +174,7 @@ CASES = {
         "F",
         (
             Aim("of the bandwidth floor", of_floor(), least=0.85),
-            Aim("time over Liger's Triton GRPO", over("Liger Triton"), most=0.60),
+            Aim("time over Liger's Triton GRPO", over(LIGER), most=0.60),
         ),
     ),
     "G": Case(
@@ -214,7 +214,7 @@ CASES = {
 COMMANDS = {
     "A": f"--peers --shape 4096 4096 131072 {BFLOAT16} --head trained",
     "B": f"--peers --shape 32768 896 151936 --shape 32768 1536 151936 {BFLOAT16} --head trained "
-    f"--only floor --only '{OURS}' --only TRL",
+    f"--only '{OURS}' --only TRL",
     "C": f"--peers --shape 4096 4096 131072 {BFLOAT16} --head frozen",
     "linear": "--op linear_grpo --device cuda --seconds 2",
     "F": f"--peers --logits --shape 8192 151936 {BFLOAT16}",

@@ -31,7 +31,7 @@ PARTS = {
     "timing": Part("--seconds 2", "--seconds 0.2"),
     "accuracy": Part("--accuracy", "--accuracy --shape 32 64 1024"),
     "peers": Part(
-        "--peers --shape 1024 896 151936 --rounds 3 --seconds 0 --only floor "
+        "--peers --shape 1024 896 151936 --rounds 3 --seconds 0 "
         "--only 'grpo-fast torch' --only eager --only TRL --only Liger",
         "--peers --quick",
     ),

@@ -1,62 +1,22 @@
 """One provider in a process of its own: its memory is its own, and what goes wrong in it is a line
 of a table.
-
-Letters: `N` tokens, `D` hidden, `V` vocabulary.
 """
 
 import multiprocessing
+import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from grpo_fast.memory import Meter
 
-from .bench_linear_grpo import compared_rows, exact_gradients
-from .peers import PROVIDERS, Batch, Gap, Gradients, Provider, gradients, random_batch, said
-from .timing import assert_right, dtype_name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """What everybody is timed at."""
-
-    shape: tuple[int, int, int]
-    """N, D, V."""
-    dtype: torch.dtype
-    head: str
-    device: torch.device
-
-    def batch(self) -> Batch:
-        return random_batch(self.shape, self.dtype, self.device)
-
-    def __str__(self) -> str:
-        n, d, v = self.shape
-        return f"N={n} D={d} V={v} {dtype_name(self.dtype)}, head {self.head}"
-
-
-def to_compare(found: Gradients, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is held against the oracle."""
-    parts = found._asdict()
-    if found.dweight is not None:
-        parts["dweight"] = found.dweight[compared_rows(targets, len(found.dweight))]
-    return {name: part.cpu() for name, part in parts.items() if part is not None}
-
-
-def write_truth(match: Match, path: Path) -> None:
-    """The oracle's results and the eager ones in the inputs' dtype, whose error is the measure."""
-    batch = match.batch()
-    targets, frozen = batch.targets.flatten(), match.head == "frozen"
-    exact = exact_gradients(batch.rows())
-    dweight = None if frozen else exact.dweight
-    truth = to_compare(Gradients(exact.loss, exact.logp, exact.dhidden, dweight), targets)
-    del exact, dweight
-    eager = next(provider for provider in PROVIDERS if provider.name == "eager")
-    same = to_compare(gradients(eager.calls(), batch, frozen=frozen), targets)
-    torch.save({"exact": truth, "eager": same}, path)
+from .matches import Match
+from .provider import Gap, Provider, said
+from .timing import assert_right
 
 
 class Call(NamedTuple):
@@ -66,48 +26,70 @@ class Call(NamedTuple):
     """Seconds, waited for."""
     cpu: float
     """Seconds of all threads together."""
-    extra: int
-    """Bytes beyond what was held before and beyond the gradients."""
+    extra: int | None
+    """Bytes beyond what was held before and beyond the gradients; None: says nothing."""
+
+
+def measured(run: Callable[[], object], device: torch.device) -> tuple[Call, object]:
+    """One call of `run`, its gradients counted; and what it returns."""
+    meter = Meter(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Call(wall, cpu, meter.bytes()), found
 
 
 class Seat:
     """One provider in its own process: what it can be asked."""
 
     def __init__(self, provider: Provider):
-        self.calls = provider.calls()
+        self.bound, self.calls = provider.bound, provider.calls()
 
     def open(self, match: Match, truth: Path) -> str | None:
         """Make the inputs and hold the results against the truth: what is wrong, or None."""
         self.match, self.batch = match, None
-        self.batch = match.batch()
-        known = torch.load(truth)
-        found = to_compare(self._run(), self.batch.targets.flatten())
+        self.batch = match.batch(bound=self.bound)
+        known = torch.load(truth)[self.bound]
+        found = match.run(self.calls, match.ready(self.calls, self.batch))
+        parts = match.compared(found, self.batch)
+        if self.bound:
+            del parts["loss"]
         try:
-            for name, part in found.items():
+            for name, part in parts.items():
                 assert_right(part, known["eager"][name], known["exact"][name], name=name)
         except AssertionError as error:
             return f"wrong result, not timed: {' '.join(str(error).split())}"
         return None
 
-    def _run(self) -> Gradients:
-        return gradients(self.calls, self.batch, frozen=self.match.head == "frozen")
-
     def time(self) -> Call:
         """Forward and backward once."""
-        meter = Meter(self.match.device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        found = self._run()
-        if self.match.device.type == "cuda":
-            torch.cuda.synchronize(self.match.device)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        kept = (found.dhidden, found.dweight)
-        extra = meter.bytes() - sum(x.nbytes for x in kept if x is not None)
-        return Call(wall, cpu, extra)
+        match, ready = self.match, self.match.ready(self.calls, self.batch)
+        call, found = measured(lambda: match.run(self.calls, ready), match.device)
+        return call._replace(extra=call.extra - match.kept_bytes(found))
+
+
+class FloorSeat:
+    """The floor of a match, in turns with those who compute the loss."""
+
+    def __init__(self, provider: Provider):
+        self.provider = provider
+
+    def open(self, match: Match, truth: Path) -> None:
+        self.device, self.column = match.device, None
+        self.column = match.floor()
+
+    def time(self) -> Call:
+        """The bare work once."""
+        return measured(lambda: self.column(0), self.device)[0]._replace(extra=None)
 
 
 def serve(pipe, provider: Provider, threads: int, seat_of: type) -> None:
     """The loop of a provider's process: (method, arguments) in, its answer or a Gap out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
+    # A pool of compilers would leave semaphores behind when this process is ended.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(threads)
     seat = None
     for method, arguments in iter(pipe.recv, None):
@@ -149,6 +131,19 @@ class Worker:
     def close(self) -> None:
         self.process.terminate()
         self.process.join()
+
+
+class Absent:
+    """In the place of a worker: why there is none."""
+
+    def __init__(self, provider: Provider, reason: str):
+        self.provider, self.reason = provider, reason
+
+    def ask(self, method: str, *arguments) -> NoReturn:
+        raise Gap(self.reason)
+
+    def close(self) -> None:
+        pass
 
 
 class Inline:

@@ -41,6 +41,7 @@ examples:
   grpo-fast bench --static           registers, spills and fp64 of every kernel, no GPU needed
   grpo-fast bench --accuracy         ours, eager and the peers against float64
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
+  grpo-fast bench --peers --logits   the same of the loss from logits
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
   grpo-fast bench --rollout          sampling a group, beside transformers' generate

@@ -30,7 +30,7 @@ from .charts import draw
 from .isolated import Worker
 from .models import MODELS
 from .options import Parser
-from .peers import DTYPES, Gap
+from .provider import DTYPES, Gap
 from .record import about, written
 from .steps import (
     LOSS,

@@ -1,14 +1,17 @@
 """Command lines of this folder: a wrong one ends with exit code 2 and one line."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from .models import MODELS
-from .peers import DTYPES
+from .provider import DTYPES
 from .timing import pick_device
+
+SIZES = ("tokens", "hidden size", "vocabulary")
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,18 +49,38 @@ class Parser(argparse.ArgumentParser):
             self.error("--device cuda, but PyTorch finds no CUDA device here")
         return found
 
-    def add_shape(self, default: tuple[int, int, int]) -> None:
+    def add_shape(self, default: tuple[int, ...], letters: str = "NDV", *, sweep: bool = False):
+        """`--shape`; in a sweep it may be given again, and `--model` with `--tokens` adds to it."""
+        words = " ".join(map(str, default))
+        names = ", ".join(
+            {"N": "tokens", "D": "hidden size", "V": "vocabulary"}[x] for x in letters
+        )
         self.add_argument(
             "--shape",
             type=int,
-            nargs=3,
-            metavar=("N", "D", "V"),
-            default=default,
-            help=f"tokens, hidden size, vocabulary (default: {' '.join(map(str, default))})",
+            nargs=len(letters),
+            metavar=tuple(letters),
+            default=None if sweep else default,
+            action="append" if sweep else "store",
+            help=f"{names} (default: {words})" + "; may be given again" * sweep,
         )
+        if sweep:
+            self.add_argument("--model", choices=MODELS, help="whose sizes to take, with --tokens")
+            self.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of --model")
 
-    def shape(self, given: list[int], sequences: int) -> tuple[int, int, int]:
+    def shape(self, given: Sequence[int], sequences: int) -> tuple[int, ...]:
         if min(given) < 1 or given[0] % sequences:
             found = " ".join(map(str, given))
             self.error(f"--shape {found}: sizes from 1, tokens a multiple of {sequences}")
         return tuple(given)
+
+    def shapes(self, options: argparse.Namespace, letters: str, sequences: int) -> list[tuple]:
+        """Those of a sweep; empty where none was given."""
+        if (options.model is None) != (options.tokens is None):
+            self.error("--model and --tokens go together")
+        asked = list(options.shape or ())
+        if options.model is not None:
+            model = MODELS[options.model]
+            sizes = {"D": model.hidden, "V": model.vocabulary}
+            asked += [[n] + [sizes[x] for x in letters[1:]] for n in options.tokens]
+        return [self.shape(shape, sequences) for shape in asked]

@@ -6,26 +6,30 @@ differentiable log-probs on which `clipped_loss` is put. A peer is imported from
 environment when it is first asked for; one that is not there is a named `Gap`.
 """
 
-import importlib.machinery
-import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grpo_fast import LossConfig, linear_grpo_loss, linear_logprob
+from grpo_fast import linear_grpo_loss, linear_logprob
 
 from .inputs import linear_rows
+from .provider import (
+    CONFIG,
+    SEQUENCES,
+    LogProbs,
+    Loss,
+    Provider,
+    clipped_loss,
+    folder_of,
+    module_at,
+)
 
-CONFIG = LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Liger goes a sequence at a time: few and long ones are the best it can be given.
-SEQUENCES = 4
 # What TRL's trainer passes.
 TRL_VOCABULARY_CHUNK = 32768
 
@@ -70,80 +74,17 @@ def random_batch(
     )
 
 
-class LogProbs(NamedTuple):
-    logp: Tensor
-    """[N]."""
-    entropy: Tensor | None
-    """[N]; None where it was not asked for, or the provider has none."""
-
-
-class Loss(NamedTuple):
-    loss: Tensor
-    logp: Tensor | None
-    """[N]; None where the provider keeps them to itself."""
-
-
 class Calls(NamedTuple):
     logprobs: Callable[..., LogProbs] | None
     """(hidden [N, D], weight, targets [N], entropy: bool) -> LogProbs."""
     loss: Callable[[Batch], Loss]
 
 
-class Gap(Exception):
-    """Why a provider has no number here, in one line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provider:
-    name: str
-    computes: str
-    load: Callable[[], Calls]
-    """Imports what it needs. Sent to other processes, so a module's function or a partial of it."""
-    package: str = "grpo-fast"
-    """The distribution whose version is reported."""
-    half_only: bool = False
-    """In float32 it is what `eager` is."""
-    timed_on: tuple[str, ...] = ("cpu", "cuda")
-    """Device types where its time means something."""
-
-    @property
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    def calls(self) -> Calls:
-        """Import the provider; Gap where it is missing or broken. Ours has no excuse."""
-        if self.package == "grpo-fast":
-            return self.load()
-        if self.version is None:
-            raise Gap(f"{self.package} is not installed: pip install {self.package}")
-        try:
-            return self.load()
-        except Exception as error:  # whatever a package does on import
-            raise Gap(f"{self.package} {self.version} does not import: {said(error)}") from error
-
-
-def said(error: BaseException) -> str:
-    """An error of somebody else's code in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def clipped_loss(logp: Tensor, batch: Batch) -> Tensor:
-    """CONFIG's loss in eager PyTorch, from log-probs [N]."""
-    rows = batch.rows()
-    old, advantages = rows["old_logprobs"], rows["advantages"]
-    ratio = (logp - (logp.detach() if old is None else old)).exp()
-    clipped = ratio.clamp(1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
-
-
 def with_torch_loss(logprobs: Callable[..., LogProbs]) -> Calls:
     def loss(batch: Batch) -> Loss:
         flat, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
         logp = logprobs(flat, batch.weight, targets, entropy=False).logp
-        return Loss(clipped_loss(logp, batch), logp)
+        return Loss(clipped_loss(logp, batch.rows()), logp)
 
     return Calls(logprobs, loss)
 
@@ -169,6 +110,21 @@ def eager(logits: torch.dtype | None, softmax: torch.dtype | None) -> Calls:
         return LogProbs(logp, -(logps.exp() * logps).sum(-1) if entropy else None)
 
     return with_torch_loss(logprobs)
+
+
+def compiled_eager() -> Calls:
+    def loss(hidden: Tensor, weight: Tensor, rows: dict[str, Tensor | None]) -> Loss:
+        logps = nn.functional.linear(hidden, weight).log_softmax(-1, dtype=torch.float32)
+        logp = logps.gather(1, rows["targets"][:, None])[:, 0]
+        return Loss(clipped_loss(logp, rows), logp)
+
+    run = torch.compile(loss, fullgraph=True, dynamic=False)
+
+    def of_batch(batch: Batch) -> Loss:
+        rows = batch.rows()
+        return run(rows.pop("hidden"), rows.pop("weight"), rows)
+
+    return Calls(None, of_batch)
 
 
 def trl() -> Calls:
@@ -209,22 +165,77 @@ def liger() -> Calls:
     return Calls(None, loss)
 
 
+def liger_scaled() -> Calls:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
+        found = Scaled.apply(hidden, weight, targets, 1.0, -100, 1, entropy)
+        return LogProbs(-found[0], found[1]) if entropy else LogProbs(-found, None)
+
+    return with_torch_loss(logprobs)
+
+
 def verl() -> Calls:
-    # Past sys.modules, where another test may have left a part of it.
-    found = importlib.machinery.PathFinder.find_spec("verl")
-    if found is None:
-        raise ModuleNotFoundError("No module named 'verl'")
     # By its path: importing the package starts Ray, and this file needs torch alone.
-    path = Path(found.submodule_search_locations[0], "utils/experimental/torch_functional.py")
-    spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    fused = module.FusedLinearForPPO()
+    path = folder_of("verl") / "utils/experimental/torch_functional.py"
+    fused = module_at(path).FusedLinearForPPO()
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
         return LogProbs(*fused(hidden, weight, targets, temperature=1.0))
 
     return with_torch_loss(logprobs)
+
+
+def verl_triton() -> Calls:
+    # Packages without their own __init__, which starts Ray; the files below import one another.
+    for name, folder in (("verl", "."), ("verl.utils", "utils")):
+        if name not in sys.modules:
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [str(folder_of("verl") / folder)]
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
+        return LogProbs(*linear_cross_entropy(hidden, weight, targets, 1.0))
+
+    return with_torch_loss(logprobs)
+
+
+def cut_cross_entropy() -> Calls:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # Releases up to 25.1.1 have no such preset; there it is the plain one without the filter.
+    presets = importlib.util.find_spec("cut_cross_entropy.cce_utils") is not None
+    impl = {"cpu": "torch_compile", "cuda": "cce_exact" if presets else "cce"}
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
+        options = {"reduction": "none", "filter_eps": None, "impl": impl[hidden.device.type]}
+        return LogProbs(-linear_cross_entropy(hidden, weight, targets, **options).float(), None)
+
+    return with_torch_loss(logprobs)
+
+
+def unsloth() -> Calls:
+    # By its path: importing the package patches torch and transformers, which the file, too, would
+    # do to ask how much memory is free.
+    path = folder_of("unsloth_zoo") / "fused_losses/fused_linear.py"
+    sys.modules.setdefault("unsloth_zoo", None)
+    fused = module_at(path).fused_linear_logprobs
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool) -> LogProbs:
+        found = fused(hidden, weight, targets, return_entropy=entropy)
+        return LogProbs(*found) if entropy else LogProbs(found, None)
+
+    return with_torch_loss(logprobs)
+
+
+def quack() -> Calls:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(batch: Batch) -> Loss:
+        flat, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
+        return Loss(chunked_linear_cross_entropy(flat, batch.weight, targets), None)
+
+    return Calls(None, loss)
 
 
 def torch_cross_entropy() -> Calls:
@@ -278,6 +289,13 @@ PROVIDERS = (
         half_only=True,
     ),
     Provider(
+        name="compiled eager",
+        computes="eager by torch.compile, from head to loss",
+        load=compiled_eager,
+        package="torch",
+        compiled_on=("cpu", "cuda"),
+    ),
+    Provider(
         name="TRL",
         computes="ChunkedLogProbFunction, 32768 vocabulary entries at a time, loss in torch",
         load=trl,
@@ -290,10 +308,46 @@ PROVIDERS = (
         package="liger-kernel",
     ),
     Provider(
+        name="Liger ScaledCE",
+        computes="LigerFusedLinearScaledCrossEntropyFunction (CPU: in torch), loss in torch",
+        load=liger_scaled,
+        package="liger-kernel",
+    ),
+    Provider(
         name="verl",
         computes="FusedLinearForPPO (its torch path), 512 tokens at a time, loss in torch",
         load=verl,
         package="verl",
+    ),
+    Provider(
+        name="verl Triton",
+        computes="linear_cross_entropy, its Triton kernels, entropy always made, loss in torch",
+        load=verl_triton,
+        package="verl",
+        timed_on=("cuda",),
+        needs_gpu=True,
+    ),
+    Provider(
+        name="Cut Cross Entropy",
+        computes="cce_exact, no entry left out (CPU: its torch_compile), loss in torch",
+        load=cut_cross_entropy,
+        package="cut-cross-entropy",
+        compiled_on=("cpu",),
+    ),
+    Provider(
+        name="unsloth",
+        computes="fused_linear_logprobs, gradient in the forward for a frozen head, loss in torch",
+        load=unsloth,
+        package="unsloth-zoo",
+    ),
+    Provider(
+        name="QuACK",
+        computes="chunked_linear_cross_entropy, mean only: a bound on time, not the loss",
+        load=quack,
+        package="quack-kernels",
+        bound=True,
+        timed_on=("cuda",),
+        needs_gpu=True,
     ),
     Provider(
         name="linear_cross_entropy",

@@ -26,7 +26,7 @@ from .cost import body
 from .isolated import Call, Worker
 from .models import MODELS
 from .options import Parser
-from .peers import DTYPES, Gap, Provider
+from .provider import DTYPES, Gap, Provider
 from .record import about, written
 from .steps import StepMatch
 from .timing import align, copy_ceiling, dtype_name, interleaved, one_thread, seconds_text, summary

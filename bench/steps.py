@@ -22,7 +22,7 @@ from grpo_fast.tiny import tiny_tokenizer
 
 from .cost import Layout
 from .models import MODELS
-from .peers import Provider
+from .provider import Provider
 from .timing import dtype_name
 
 LOSS = LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)

@@ -8,7 +8,7 @@ import torch
 
 from grpo_bench import main, memory
 from grpo_bench.memory import BASE_SIZE, MemorySeat, climb, providers, repeated
-from grpo_bench.peers import Gap
+from grpo_bench.provider import Gap
 from grpo_bench.steps import StepMatch, exact_step
 
 TINY = StepMatch(shape=(9, 5, BASE_SIZE), model="tiny")

@@ -8,7 +8,7 @@ import torch
 
 from grpo_bench import main, rollouts
 from grpo_bench.isolated import Inline
-from grpo_bench.peers import Provider
+from grpo_bench.provider import Provider
 from grpo_bench.rollouts import Asked, RolloutSeat, decoding_bytes, measured
 from grpo_bench.steps import StepMatch
 

@@ -14,7 +14,7 @@ from grpo_bench.bench_step import Check, StepSeat
 from grpo_bench.cost import StepCost
 from grpo_bench.isolated import Inline
 from grpo_bench.models import MODELS, ModelShape
-from grpo_bench.peers import Gap
+from grpo_bench.provider import Gap
 from grpo_bench.steps import PROVIDERS, StepMatch, StepProvider, exact_step
 
 TINY = StepMatch(shape=(9, 5, 4), lengths="lognormal", model="tiny")

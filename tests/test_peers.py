@@ -5,21 +5,25 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import statistics
 from functools import partial
 
 import pytest
 import torch
 
-from grpo_bench import accuracy, compare, isolated, main, peers
+from grpo_bench import accuracy, compare, main, matches, peers, record
 from grpo_bench.bench_linear_grpo import exact_gradients
-from grpo_bench.isolated import Call, Match, Meter
-from grpo_bench.peers import Calls, Gap, Loss, Provider
+from grpo_bench.isolated import Call, Meter
+from grpo_bench.matches import Match
+from grpo_bench.peers import Calls
+from grpo_bench.provider import CONFIG, Gap, Loss, Provider
+from grpo_bench.record import finite
 from grpo_bench.timing import assert_right, checked_rows
 
 CPU = torch.device("cpu")
 TINY = (8, 16, 53)
-PEERS = {"trl", "liger-kernel", "verl"}
+PEERS = {p.package for p in peers.PROVIDERS} - {"grpo-fast", "torch"}
 DTYPES = [torch.float32, torch.bfloat16]
 # Providers whose faults other processes can import too.
 SPOILED = """
@@ -46,6 +50,16 @@ def wrong():
 
 def broken():
     raise RuntimeError("no such\\nsymbol")
+
+
+def bound(reduction):
+    def loss(batch):
+        logits = batch.hidden.flatten(0, 1) @ batch.weight.t()
+        targets = batch.targets.flatten()
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
+        return peers.Loss(nll, None)
+
+    return peers.Calls(None, loss)
 
 
 def failing():
@@ -88,9 +102,10 @@ def spoiled(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     import spoiled_peers
 
-    def named(fault: str) -> Provider:
+    def named(fault: str, **options) -> Provider:
         load = getattr(spoiled_peers, fault)
-        return Provider(name=fault, computes="nothing sound", load=load, package="torch")
+        options = {"name": fault, "load": load} | options
+        return Provider(computes="nothing sound", package="torch", **options)
 
     return named
 
@@ -104,6 +119,8 @@ def test_everybody_computes_the_oracle_s_loss(name, dtype, frozen):
         calls = provider(name).calls()
     except Gap as gap:
         pytest.skip(str(gap))
+    if "cpu" in provider(name).compiled_on and not shutil.which("g++"):
+        pytest.skip("inductor compiles with g++")
     batch = peers.random_batch(TINY, dtype, CPU)
     got = peers.gradients(calls, batch, frozen=frozen)
     same = peers.gradients(provider("eager").calls(), batch, frozen=frozen)
@@ -118,15 +135,16 @@ def test_everybody_computes_the_oracle_s_loss(name, dtype, frozen):
 def test_batch_is_off_policy_both_ways():
     rows = peers.random_batch((256, 16, 53), torch.float32, CPU).rows()
     ratio = (exact_gradients(rows).logp - rows["old_logprobs"]).exp()
-    low = (ratio < 1 - peers.CONFIG.epsilon) & (rows["advantages"] < 0)
-    high = (ratio > 1 + peers.CONFIG.clip_high) & (rows["advantages"] > 0)
+    low = (ratio < 1 - CONFIG.epsilon) & (rows["advantages"] < 0)
+    high = (ratio > 1 + CONFIG.clip_high) & (rows["advantages"] > 0)
     assert low.any()
     assert high.any()
     assert not (low | high).all()
 
 
 def test_a_missing_peer_is_named(no_peers):
-    for name, package in (("TRL", "trl"), ("Liger", "liger-kernel"), ("verl", "verl")):
+    assert {"trl", "liger-kernel", "verl", "cut-cross-entropy", "unsloth-zoo"} < PEERS
+    for name, package in ((p.name, p.package) for p in peers.PROVIDERS if p.package in PEERS):
         with pytest.raises(Gap, match=f"{package} is not installed: pip install {package}"):
             provider(name).calls()
         assert provider(name).version is None
@@ -203,7 +221,7 @@ def test_accuracy_sees_wrong_gradients_and_nan():
     spoiled = row(1.0)
     assert spoiled["dhidden"] < 1e-4
     assert spoiled["not_finite"] is True
-    json.loads(json.dumps(accuracy.finite([spoiled]), allow_nan=False))
+    json.loads(json.dumps(finite([spoiled]), allow_nan=False))
 
 
 def test_a_loss_alone_shows_its_log_prob_error():
@@ -242,14 +260,15 @@ def test_accuracy_command_prints_the_table_and_writes_json(no_peers, capsys, tmp
     assert "TRL: trl is not installed: pip install trl" in out
     written = json.loads(path.read_text())
     assert set(written) == {"schema", "kind", "about", "rows"}
-    assert (written["schema"], written["kind"]) == (accuracy.SCHEMA, "accuracy")
+    assert (written["schema"], written["kind"]) == (record.SCHEMA, "accuracy")
     assert {"date", "commit", "device", "torch"} <= set(written["about"])
     names = [p.name for p in peers.PROVIDERS]
     assert [row["provider"] for row in written["rows"]] == [*names, "float64, rounded"]
     keys = {"N", "D", "V", "dtype", "provider", "version", "computes", "gap", "ratio_is_1"}
     assert all(set(row) == keys | {"not_finite", *accuracy.MEASURES} for row in written["rows"])
     gaps = {row["provider"] for row in written["rows"] if row["gap"]}
-    assert gaps == {"TRL", "Liger", "verl"}
+    absent = {p.name for p in peers.PROVIDERS if p.package in PEERS}
+    assert gaps == absent | {"compiled eager"}
 
 
 def test_a_wrong_or_missing_provider_gets_no_number(spoiled, monkeypatch, capsys, tmp_path):
@@ -258,7 +277,6 @@ def test_a_wrong_or_missing_provider_gets_no_number(spoiled, monkeypatch, capsys
     faults = map(spoiled, ("wrong", "failing", "dying"))
     asked = (provider("eager"), provider("grpo-fast torch"), missing, *faults)
     monkeypatch.setattr(compare, "PROVIDERS", asked)
-    monkeypatch.setattr(isolated, "PROVIDERS", asked)
     words = ["--shape", *map(str, TINY), "--dtype", "float32", "--head", "trained"]
     words += ["--device", "cpu", "--rounds", "3", "--seconds", "0", "--threads", "1"]
     path = tmp_path / "peers.json"
@@ -278,13 +296,70 @@ def test_a_wrong_or_missing_provider_gets_no_number(spoiled, monkeypatch, capsys
         assert part in rows[name]["error"], rows[name]
         assert f"{name}: {rows[name]['error']}" in out
         numbers = ("seconds", "cpu_seconds", "over_eager", "over_ours", "extra_bytes", "rounds")
-        assert not any(rows[name][number] for number in numbers)
+        assert not any(rows[name][number] for number in (*numbers, "of_floor"))
     for name in ("eager", "grpo-fast torch"):
         assert rows[name]["error"] is None
         assert rows[name]["seconds"] > 0
         assert rows[name]["rounds"] == 3
     assert rows["eager"]["over_eager"] == rows["grpo-fast torch"]["over_ours"] == 1.0
     assert rows["eager"]["over_ours"] > 0
+    floor = rows["floor"]
+    assert (floor["role"], floor["error"], floor["extra_bytes"]) == ("floor", None, None)
+    assert floor["seconds"] > 0
+    assert floor["of_floor"] == 1.0
+    assert rows["eager"]["of_floor"] == floor["over_eager"] > 0
+    assert "floor: the bare matrix products" in out
+    keys = {"N", "D", "V", "dtype", "head", "role", "seconds", "of_floor", "extra_bytes"}
+    assert all(keys <= set(row) for row in written["rows"])
+
+
+def test_a_bound_is_held_against_what_it_computes(spoiled, monkeypatch, tmp_path):
+    """The gradient of the mean negative log-prob; twice of it is not."""
+    right = spoiled("bound", name="mean", bound=True)
+    right = Provider(**vars(right) | {"load": partial(right.load, "mean")})
+    wrong = Provider(**vars(right) | {"name": "sum", "load": partial(right.load.func, "sum")})
+    monkeypatch.setattr(compare, "PROVIDERS", (provider("grpo-fast torch"), right, wrong))
+    words = ["--peers", "--shape", *map(str, TINY), "--quick", "--device", "cpu", "--threads", "1"]
+    assert main.main([*words, "--json", str(tmp_path / "peers.json")]) == 0
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert {(row["dtype"], row["head"]) for row in rows} == {
+        ("bfloat16", "trained"),
+        ("float32", "frozen"),
+    }
+    for row in rows:
+        if row["provider"] == "mean":
+            assert (row["role"], row["error"]) == ("bound", None)
+            assert row["seconds"] > 0
+        elif row["provider"] == "sum":
+            assert row["error"].startswith("wrong result, not timed: dhidden: largest error")
+            assert row["seconds"] is None
+        else:
+            assert row["error"] is None
+
+
+def test_quick_names_those_who_compile(monkeypatch, capsys):
+    words = ["--quick", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
+    words += ["--only", "grpo-fast torch", "--only", "compiled eager", "--head", "trained"]
+    assert compare.main(words) == 0
+    out = capsys.readouterr().out
+    assert "compiled eager: left out by --quick" in out
+    assert "N=32 D=64 V=2048 float32, head trained" in out
+
+
+@pytest.mark.parametrize("rows_at_a_time", [8192, 5])
+@pytest.mark.parametrize("head, products", [("trained", 3), ("frozen", 2)])
+def test_floor_is_the_bare_products(head, products, rows_at_a_time, monkeypatch):
+    monkeypatch.setattr(matches, "FLOOR_ROWS", rows_at_a_time)
+    column = Match(shape=TINY, dtype=torch.float32, head=head, device=CPU).floor()
+    done, mm = [], torch.mm
+
+    def counted(a, b, out):
+        done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    column(0)
+    assert sum(done) == products * 2 * math.prod(TINY)
 
 
 class Fake:
@@ -306,15 +381,16 @@ def test_providers_take_turns_and_ratios_are_of_a_round():
     slow = [1.0, 2.0, 1.0]
     workers = [
         Fake(name, [factor * wall for wall in slow], order)
-        for name, factor in (("ours", 3.0), ("eager", 2.0), ("eager half", 8.0))
+        for name, factor in (("ours", 3.0), ("eager", 2.0), ("eager half", 8.0), ("floor", 1.5))
     ]
     times, lost = compare.rounds_of(workers, least=3, seconds=0.0)
     assert lost == {}
     names = [worker.provider.name for worker in workers]
-    assert order == names + names[1:] + names[:1] + names[2:] + names[:2]
+    assert order == [*names, *names[1:], *names[:1], *names[2:], *names[:2]]
     match = Match(shape=TINY, dtype=torch.float32, head="trained", device=CPU)
     row = compare.row(match, workers[0].provider, None, times, "ours")
     assert (row["over_eager"], row["over_ours"], row["fastest_eager"]) == (1.5, 1.0, "eager")
+    assert (row["of_floor"], row["role"]) == (0.5, "loss")
     assert row["seconds"] == statistics.median(3 * wall for wall in slow)
     assert (row["cpu_seconds"], row["extra_bytes"], row["rounds"]) == (1.0, 5, 3)
 
@@ -340,6 +416,9 @@ def test_meter_sees_memory_that_is_gone_again():
             ["--peers", "--only", "grpo-fast triton", "--device", "cpu"],
             "on cpu there are grpo",
         ),
+        (["--peers", "--model", "tiny"], "--model and --tokens go together"),
+        (["--peers", "--logits", "--head", "frozen"], "unrecognized arguments: --head frozen"),
+        (["--peers", "--logits", "--shape", "6", "53"], "tokens a multiple of 4"),
     ],
 )
 def test_wrong_option_is_one_line_and_exit_2(words, part, capsys):
@@ -354,6 +433,20 @@ def test_wrong_option_is_one_line_and_exit_2(words, part, capsys):
 def test_results_name_the_kind_of_machine_only():
     from grpo_bench.timing import header
 
-    about = header(CPU, main.Path(main.__file__).resolve().parent.parent)
+    about = header(CPU, record.ROOT)
     assert about["device"].endswith(f", {os.cpu_count()} cores")
     assert not any(os.uname().nodename in str(value) for value in about.values())
+
+
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_eager_in_pieces_is_eager(head, monkeypatch):
+    """The measure of an error at a million tokens is what it is at a few."""
+    match = Match(shape=(40, 16, 53), dtype=torch.float32, head=head, device=CPU)
+    batch = match.batch()
+    whole = match.run(match.eager(), batch)
+    monkeypatch.setattr(matches, "EAGER_ROWS", 12)
+    for name, part, all_of_it in zip(whole._fields, match.run_eager(batch), whole, strict=True):
+        if all_of_it is None:
+            assert part is None
+        else:
+            torch.testing.assert_close(part, all_of_it, msg=name)
