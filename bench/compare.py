@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from .isolated import Absent, Call, FloorSeat, Worker
+from .isolated import Absent, Call, FloorSeat, Worker, give_back
 from .logits_peers import LOGITS_PROVIDERS
 from .matches import LogitsMatch, Match
 from .options import Parser
@@ -118,6 +118,7 @@ def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds
     print(f"{match}: the oracle ...", file=sys.stderr, flush=True)
     kinds = {worker.provider.bound for worker in workers}
     torch.save({bound: match.truth(bound=bound) for bound in kinds}, truth)
+    give_back(match.device)
     errors: dict[str, str | None] = {}
     for worker in workers:
         name = worker.provider.name
@@ -173,7 +174,7 @@ def matches_of(kind: type[Match], options, shapes, device) -> list:
 
 
 def parser(kind: type[Match], providers: Sequence[Provider]) -> Parser:
-    names = [f"  {p.name:24}  {p.computes}" for p in providers]
+    names = [f"  {p.name:27}  {p.computes}" for p in providers]
     parsed = Parser("grpo-fast bench --peers", __doc__, "\n".join(["who is asked:", *names]))
     parsed.add_argument("--logits", action="store_true", help="the loss from logits instead")
     parsed.add_shape(kind.usual, kind.letters, sweep=True)

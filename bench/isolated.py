@@ -41,6 +41,12 @@ def measured(run: Callable[[], object], device: torch.device) -> tuple[Call, obj
     return Call(wall, cpu, meter.bytes()), found
 
 
+def give_back(device: torch.device) -> None:
+    """What this process's allocator keeps of a GPU that all of them share."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Seat:
     """One provider in its own process: what it can be asked."""
 
@@ -54,6 +60,8 @@ class Seat:
         known = torch.load(truth)[self.bound]
         found = match.run(self.calls, match.ready(self.calls, self.batch))
         parts = match.compared(found, self.batch)
+        del found
+        give_back(match.device)
         if self.bound:
             del parts["loss"]
         try:
@@ -64,7 +72,14 @@ class Seat:
         return None
 
     def time(self) -> Call:
-        """Forward and backward once."""
+        """Forward and backward once; on a GPU once before, as its memory was given back."""
+        if self.match.device.type == "cuda":
+            self._once()
+        call = self._once()
+        give_back(self.match.device)
+        return call
+
+    def _once(self) -> Call:
         match, ready = self.match, self.match.ready(self.calls, self.batch)
         call, found = measured(lambda: match.run(self.calls, ready), match.device)
         return call._replace(extra=call.extra - match.kept_bytes(found))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grpo_fast import grpo_loss
 
 from .inputs import policy_rows
-from .provider import CONFIG, SEQUENCES, Loss, Provider, clipped_loss
+from .provider import CONFIG, SEQUENCES, Loss, Provider, clipped_loss, compiled
 
 
 class LogitsBatch(NamedTuple):
@@ -79,17 +79,18 @@ def by_autograd(loss: Callable[[LogitsBatch], Loss]) -> Callable[[LogitsBatch], 
     return gradients
 
 
-def with_torch_loss(logprobs: Callable[[Tensor, Tensor], Tensor], *, compiled: bool = False):
-    """From a function (logits [N, V], targets [N]) -> log-probs [N]."""
+def with_torch_loss(
+    logprobs: Callable[[Tensor, Tensor], Tensor], *, in_one: bool = False
+) -> LogitsCalls:
+    """From a function (logits [N, V], targets [N]) -> log-probs [N]; compiled with its loss where
+    they are to be one."""
 
     def loss(batch: LogitsBatch) -> Loss:
         rows = batch.rows()
         logp = logprobs(rows["logits"], rows["targets"])
         return Loss(clipped_loss(logp, rows), logp)
 
-    if compiled:
-        loss = torch.compile(loss, fullgraph=True, dynamic=False)
-    return LogitsCalls(by_autograd(loss))
+    return LogitsCalls(by_autograd(compiled(loss) if in_one else loss))
 
 
 def ours(impl: str, inplace: bool) -> LogitsCalls:
@@ -100,12 +101,12 @@ def ours(impl: str, inplace: bool) -> LogitsCalls:
     return LogitsCalls(by_autograd(loss))
 
 
-def eager(*, compiled: bool = False) -> LogitsCalls:
+def eager(*, in_one: bool = False) -> LogitsCalls:
     def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
         logps = logits.log_softmax(-1, dtype=torch.float32)
         return logps.gather(1, targets[:, None])[:, 0]
 
-    return with_torch_loss(logprobs, compiled=compiled)
+    return with_torch_loss(logprobs, in_one=in_one)
 
 
 def eager_logsumexp() -> LogitsCalls:
@@ -225,7 +226,7 @@ LOGITS_PROVIDERS = (
     Provider(
         name="compiled eager",
         computes="the same by torch.compile",
-        load=partial(eager, compiled=True),
+        load=partial(eager, in_one=True),
         package="torch",
         compiled_on=("cpu", "cuda"),
     ),

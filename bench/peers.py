@@ -26,6 +26,7 @@ from .provider import (
     Loss,
     Provider,
     clipped_loss,
+    compiled,
     folder_of,
     module_at,
 )
@@ -113,18 +114,7 @@ def eager(logits: torch.dtype | None, softmax: torch.dtype | None) -> Calls:
 
 
 def compiled_eager() -> Calls:
-    def loss(hidden: Tensor, weight: Tensor, rows: dict[str, Tensor | None]) -> Loss:
-        logps = nn.functional.linear(hidden, weight).log_softmax(-1, dtype=torch.float32)
-        logp = logps.gather(1, rows["targets"][:, None])[:, 0]
-        return Loss(clipped_loss(logp, rows), logp)
-
-    run = torch.compile(loss, fullgraph=True, dynamic=False)
-
-    def of_batch(batch: Batch) -> Loss:
-        rows = batch.rows()
-        return run(rows.pop("hidden"), rows.pop("weight"), rows)
-
-    return Calls(None, of_batch)
+    return Calls(None, compiled(eager(None, torch.float32).loss))
 
 
 def trl() -> Calls:

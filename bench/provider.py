@@ -98,6 +98,15 @@ def clipped_loss(logp: Tensor, rows: dict[str, Tensor | None]) -> Tensor:
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
 
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, for each shape anew."""
+    import torch._dynamo
+
+    # A sweep has more shapes than the eight after which it gives up.
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 def folder_of(package: str) -> Path:
     """Where a package lies, without importing it."""
     # Past sys.modules, where another test may have left a part of it.
