@@ -23,10 +23,10 @@ import torch
 
 from grpo_fast import Group, grpo_backward
 from grpo_fast.memory import Meter, free_bytes, gigabytes
+from grpo_fast.model_shapes import MODELS
 
 from .bench_step import TOLERANCE
 from .isolated import Worker
-from .models import MODELS
 from .options import Parser
 from .peers import DTYPES, Gap
 from .steps import (

@@ -6,7 +6,8 @@ from typing import NoReturn
 
 import torch
 
-from .models import MODELS
+from grpo_fast.model_shapes import MODELS
+
 from .peers import DTYPES
 from .timing import pick_device
 

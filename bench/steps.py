@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast import Group, LossConfig, grpo_backward, linear_grpo_loss
+from grpo_fast.cost import Layout
 from grpo_fast.model import hidden_states
+from grpo_fast.model_shapes import MODELS
 from grpo_fast.tiny import tiny_tokenizer
 
-from .cost import Layout
-from .models import MODELS
+from .models import model_config
 from .peers import Provider
 from .timing import dtype_name
 
@@ -62,7 +63,7 @@ class StepMatch:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(MODELS[self.model].config())
+            model = AutoModelForCausalLM.from_config(model_config(MODELS[self.model]))
         return model.to(self.device, dtype or self.dtype).eval()
 
     def group(self) -> Group:
