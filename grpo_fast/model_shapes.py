@@ -25,6 +25,13 @@ class ModelShape(NamedTuple):
     """Tokens that some layer sees at most."""
 
     @property
+    def normed(self) -> int:
+        """Numbers of a token that one layer's norms see."""
+        around, of_heads = NORMS.get(self.family, (2, False))
+        heads = self.head_dim * (self.heads + self.kv_heads)
+        return around * self.hidden + (heads if of_heads else 0)
+
+    @property
     def sides(self) -> int:
         """Rows and columns of one layer's matrices, added up."""
         attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
@@ -42,6 +49,13 @@ class ModelShape(NamedTuple):
         return self.body + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
 
+# Of a layer: (norms of hidden states, whether queries and keys have theirs), where not (2, False).
+NORMS = {
+    "Gemma2": (4, False),
+    "Gemma3Text": (4, True),
+    "Olmo2": (2, True),
+    "Qwen3": (2, True),
+}
 # The sizes of each model's published config. `small` has the proportions of Qwen2.5-0.5B (MLP over
 # hidden 5.4, head size 64, tied head), of which the trunk is most of the work and which one CPU
 # thread steps in seconds; `tiny` is for tests.

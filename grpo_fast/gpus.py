@@ -1,0 +1,95 @@
+"""How fast a machine is, and how much it holds: GPUs as their makers publish them, or this one
+measured."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .errors import ConfigError, nearest
+from .memory import free_bytes
+
+# Of both published peaks: what large products and copies of a long run reach.
+OF_PEAK = 0.7
+
+
+class Machine(NamedTuple):
+    name: str
+    memory: int
+    """Bytes; of a published figure in units of 1e9, which leaves 5 % or more for the driver."""
+    flops: float
+    """A second, dense, in bfloat16 with float32 sums; or in the dtype that was measured."""
+    bandwidth: float
+    """Bytes a second, read and written ones together."""
+    reached: float
+    """The part of both rates that work is predicted with."""
+    device: str = "cuda"
+
+
+# The maker's published peak: (memory GB, bfloat16 TFLOP/s without sparsity, GB/s).
+PUBLISHED = {
+    "b200": (180, 2250, 8000),
+    "h200": (141, 989, 4800),
+    "h100-sxm": (80, 989, 3350),
+    "a100-80gb": (80, 312, 2039),
+    "l40s": (48, 362, 864),
+    "rtx-5090": (32, 209, 1792),
+    "rtx-4090": (24, 165, 1008),
+    "rtx-3090": (24, 71, 936),
+}
+
+
+def machine(name: str, dtype: torch.dtype) -> Machine:
+    """One of PUBLISHED, or `here`. Raises ConfigError for another name, and where `here` does not
+    say how much memory is free."""
+    if name == "here":
+        return measured(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    if name not in PUBLISHED:
+        raise ConfigError(
+            f"gpu '{name}' is not known: {nearest(name, PUBLISHED)}expected here, which measures "
+            f"this machine, or one of {', '.join(PUBLISHED)}"
+        )
+    memory, teraflops, gigabytes = PUBLISHED[name]
+    return Machine(name, int(memory * 1e9), teraflops * 1e12, gigabytes * 1e9, OF_PEAK)
+
+
+def measured(device: torch.device, dtype: torch.dtype) -> Machine:
+    """`device` in a few seconds: a product of a layer's proportions, a copy, what is free."""
+    free = free_bytes(device)
+    if free is None:
+        raise ConfigError("this machine does not say how much memory is free: name a GPU instead")
+    gpu = device.type == "cuda"
+    # Float32 parameters are multiplied in bfloat16 on a GPU, as the trainer does it.
+    kind = torch.bfloat16 if gpu else dtype
+    tokens, inner, outer = (8192, 4096, 12288) if gpu else (1024, 512, 2048)
+    left = torch.randn(tokens, inner, device=device).to(kind)
+    right = torch.randn(inner, outer, device=device).to(kind)
+    product = _least_seconds(lambda: left @ right, device)
+    # Past every cache.
+    source = torch.zeros(2**28 if gpu else 2**25, device=device)
+    target = torch.zeros_like(source)
+    copy = _least_seconds(lambda: target.copy_(source), device)
+    return Machine(
+        torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+        free,
+        2 * tokens * inner * outer / product,
+        2 * source.nbytes / copy,
+        1.0,
+        device.type,
+    )
+
+
+def _least_seconds(work: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
+    """Of the runs of a second: neighbours only ever add to it."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    work()
+    while time.perf_counter() < end or best == float("inf"):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
