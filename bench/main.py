@@ -1,6 +1,6 @@
 """`grpo-fast bench`: how fast the kernels are on this machine, what they compile to without one
 (`--static`), how exact they are (`--accuracy`), how fast beside the peers (`--peers`), and what a
-whole step takes (`--step`, `--memory`)."""
+whole step takes (`--step`, `--memory`, and beside an estimate `--plan`)."""
 
 import importlib
 import json
@@ -44,6 +44,7 @@ examples:
   grpo-fast bench --peers            time and memory of the loss against the peers installed here
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
+  grpo-fast bench --plan             how far off the estimates of `grpo-fast plan` are here
   grpo-fast bench --static --help    its options; the other tables have theirs too"""
 # Tables of their own, with options of their own.
 TABLES = {
@@ -52,6 +53,7 @@ TABLES = {
     "--peers": "compare",
     "--step": "bench_step",
     "--memory": "memory",
+    "--plan": "plan_check",
 }
 
 
@@ -67,6 +69,7 @@ def parser() -> Parser:
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
+        ("--plan", "time and memory of steps instead, beside what `grpo-fast plan` predicts"),
     ):
         parsed.add_argument(flag, action="store_true", help=help)
     parsed.add_argument(

@@ -35,10 +35,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_step(self) -> None:
         """`--model`, `--dtype`, `--threads` and `--plot` of the tables of a whole step."""
+        self.add_model()
+        self.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into a PNG")
+
+    def add_model(self) -> None:
+        """`--model`, `--dtype` and `--threads`."""
         self.add_argument("--model", choices=MODELS, default="small", help="(default: small)")
         self.add_argument("--dtype", choices=DTYPES, default="float32")
         self.add_argument("--threads", type=int, default=1, help="of each step (default: 1)")
-        self.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into a PNG")
 
     def device(self, name: str) -> torch.device:
         found = pick_device(name)

@@ -193,8 +193,7 @@ def ours(
         )
     default = default_budget(device, job.prompt, job.completion)
     wanted = token_budget or min(default, job.largest.tokens)
-    rows_of_logits = min(chunk_rows(job.model.vocabulary, device), wanted)
-    row = job.row(4 * job.model.vocabulary * rows_of_logits)
+    row = job.row(logit_bytes(job.model, wanted, device))
     modes = modes_of(device) if checkpointing == "auto" else (checkpointing,)
     chosen = fastest_rows(
         row.need,
@@ -227,6 +226,11 @@ def ours(
         fits=fits,
         largest_group=None if fits else 0,
     )
+
+
+def logit_bytes(model: ModelShape, tokens: int, device: torch.device) -> int:
+    """Of the largest float32 block of logits of a row."""
+    return 4 * model.vocabulary * min(chunk_rows(model.vocabulary, device), tokens)
 
 
 def free_for_rows(job: Job, on: Machine) -> int:
