@@ -92,6 +92,7 @@ def rows_of(match: StepMatch, on: Machine, found: dict[str, dict]) -> list[dict]
             {
                 "provider": name,
                 **{"P": prompt, "C": completion, "G": size, "model": match.model},
+                "machine": on._asdict(),
                 "dtype": dtype_name(match.dtype),
                 "predicted_seconds": estimate.backward_seconds,
                 "predicted_bytes": estimate.memory.activations + estimate.memory.head,
@@ -104,6 +105,10 @@ def rows_of(match: StepMatch, on: Machine, found: dict[str, dict]) -> list[dict]
         both = base["seconds"] and row["seconds"]
         row["over_padded"] = base["seconds"] / row["seconds"] if both else None
     return rows
+
+
+def rates_of(on: Machine) -> list[tuple[float, str]]:
+    return [(on.flops, "GFLOP/s"), (on.bandwidth, "GB/s"), (on.anew, "GB/s into new pages")]
 
 
 def off(predicted: float, measured: float | None) -> float | None:
@@ -160,19 +165,20 @@ def main(argv: list[str]) -> int:
     about = header(device, Path(__file__).resolve().parent.parent)
     about |= {"threads": options.threads, "load_before": os.getloadavg()[0]}
     torch.set_num_threads(options.threads)
-    on = measured(device, dtype)
-    about |= {"machine": on._asdict(), "model": MODELS[options.model]._asdict()}
+    about |= {"model": MODELS[options.model]._asdict()}
     print(f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
-    print(f"{on.name}: {on.flops / 1e9:,.0f} GFLOP/s, {on.bandwidth / 1e9:,.1f} GB/s measured")
     rows: list[dict] = []
     for shape in shapes:
         match = StepMatch(shape=shape, model=options.model, dtype=dtype, device=device)
+        # A shared machine is another one every minute.
+        on = measured(device, dtype)
         with tempfile.TemporaryDirectory() as scratch:
             found = measure(
                 match, options.threads, Path(scratch), least=options.rounds, seconds=0.0
             )
         rows += (fresh := rows_of(match, on, found))
-        print(f"\n{match}")
+        rates = [f"{x / 1e9:,.0f} {unit}" for x, unit in rates_of(on)]
+        print(f"\n{match}; measured {', '.join(rates)}")
         print("\n".join(plan_table(fresh)), flush=True)
     about |= {"load_after": os.getloadavg()[0]}
     print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")

@@ -22,7 +22,7 @@ from .chunked import chunk_rows
 from .config import Checkpointing, Optimizer
 from .cost import Flops, Layout, Passes, StepCost
 from .errors import ConfigError
-from .gpus import Machine
+from .gpus import KEPT, Machine
 from .loss_config import LossConfig
 from .memory import Need, RowBytes, head_bytes, modes_of
 from .model_shapes import ModelShape
@@ -287,7 +287,9 @@ def _estimate(
         head=job.dtype.itemsize * states + (dweight * rows if job.train == "all" else 0),
         layers=int((MOVES + MOVES_AGAIN * again) * job.row(0).kept * tokens),
     )
-    bandwidth = on.reached * on.bandwidth
+    # The largest results of a layer.
+    large = job.dtype.itemsize * job.model.intermediate * row >= KEPT
+    bandwidth = on.reached * (on.anew if large else on.bandwidth)
     return Estimate(
         tokens=tokens,
         row=row,
@@ -296,6 +298,6 @@ def _estimate(
         moved=moved,
         checkpointing=mode,
         backward_seconds=flops.total / (on.reached * on.flops) + moved.layers / bandwidth,
-        optimizer_seconds=moved.optimizer / bandwidth,
+        optimizer_seconds=moved.optimizer / (on.reached * on.bandwidth),
         **said,
     )

@@ -1,6 +1,7 @@
 """How fast a machine is, and how much it holds: GPUs as their makers publish them, or this one
 measured."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,10 @@ from .memory import free_bytes
 OF_PEAK = 0.7
 
 
+# The C library keeps what is smaller, and gives it out again.
+KEPT = 32 * 2**20
+
+
 class Machine(NamedTuple):
     name: str
     memory: int
@@ -22,6 +27,9 @@ class Machine(NamedTuple):
     """A second, dense, in bfloat16 with float32 sums; or in the dtype that was measured."""
     bandwidth: float
     """Bytes a second, read and written ones together."""
+    anew: float
+    """Likewise into results of KEPT bytes or more: a CPU's allocator gets their pages from
+    the system every time."""
     reached: float
     """The part of both rates that work is predicted with."""
     device: str = "cuda"
@@ -51,11 +59,13 @@ def machine(name: str, dtype: torch.dtype) -> Machine:
             f"this machine, or one of {', '.join(PUBLISHED)}"
         )
     memory, teraflops, gigabytes = PUBLISHED[name]
-    return Machine(name, int(memory * 1e9), teraflops * 1e12, gigabytes * 1e9, OF_PEAK)
+    bandwidth = gigabytes * 1e9
+    return Machine(name, int(memory * 1e9), teraflops * 1e12, bandwidth, bandwidth, OF_PEAK)
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Machine:
-    """`device` in a few seconds: a product of a layer's proportions, a copy, what is free."""
+    """`device` in a few seconds: a product of a layer's proportions, numbers times two, what is
+    free."""
     free = free_bytes(device)
     if free is None:
         raise ConfigError("this machine does not say how much memory is free: name a GPU instead")
@@ -65,31 +75,35 @@ def measured(device: torch.device, dtype: torch.dtype) -> Machine:
     tokens, inner, outer = (8192, 4096, 12288) if gpu else (1024, 512, 2048)
     left = torch.randn(tokens, inner, device=device).to(kind)
     right = torch.randn(inner, outer, device=device).to(kind)
-    product = _least_seconds(lambda: left @ right, device)
-    # Past every cache.
-    source = torch.zeros(2**28 if gpu else 2**25, device=device)
-    target = torch.zeros_like(source)
-    copy = _least_seconds(lambda: target.copy_(source), device)
+    product = _seconds(lambda: left @ right, device)
+
+    def bandwidth(size: int) -> float:
+        source = torch.zeros(size // 4, device=device)
+        return 2 * source.nbytes / _seconds(lambda: source * 2, device)
+
+    below, above = (2**30, 2**30) if gpu else (KEPT // 2, 2 * KEPT)
     return Machine(
         torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
         free,
         2 * tokens * inner * outer / product,
-        2 * source.nbytes / copy,
+        bandwidth(below),
+        bandwidth(above),
         1.0,
         device.type,
     )
 
 
-def _least_seconds(work: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
-    """Of the runs of a second: neighbours only ever add to it."""
-    best, end = float("inf"), time.perf_counter() + seconds
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median of the runs of half a second, waited for."""
+    # One thread's process time is its work, whatever else the machine does.
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    times: list[float] = []
     work()
-    while time.perf_counter() < end or best == float("inf"):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+    while sum(times) < 0.5 or len(times) < 3:
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(clock() - start)
+    return statistics.median(times)
