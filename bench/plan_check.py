@@ -32,7 +32,7 @@ from .steps import PROVIDERS, StepMatch
 from .timing import align, dtype_name, header, seconds_text
 
 SCHEMA = 1
-SHAPES = [(256, 256, 16), (1024, 128, 16), (64, 64, 64)]
+SHAPES = [(256, 256, 16), (512, 64, 16), (64, 64, 64)]
 NAMES = ("padded", "shared", "one row")
 
 
@@ -107,10 +107,6 @@ def rows_of(match: StepMatch, on: Machine, found: dict[str, dict]) -> list[dict]
     return rows
 
 
-def rates_of(on: Machine) -> list[tuple[float, str]]:
-    return [(on.flops, "GFLOP/s"), (on.bandwidth, "GB/s"), (on.anew, "GB/s into new pages")]
-
-
 def off(predicted: float, measured: float | None) -> float | None:
     return None if measured is None else predicted / measured - 1
 
@@ -177,8 +173,11 @@ def main(argv: list[str]) -> int:
                 match, options.threads, Path(scratch), least=options.rounds, seconds=0.0
             )
         rows += (fresh := rows_of(match, on, found))
-        rates = [f"{x / 1e9:,.0f} {unit}" for x, unit in rates_of(on)]
-        print(f"\n{match}; measured {', '.join(rates)}")
+        rates = [f"{x / 1e9:,.0f}" for x in (on.flops, on.attention, on.bandwidth, on.anew)]
+        print(
+            f"\n{match}; measured {rates[0]} GFLOP/s, {rates[1]} in attention, {rates[2]} GB/s, "
+            f"{rates[3]} into new pages"
+        )
         print("\n".join(plan_table(fresh)), flush=True)
     about |= {"load_after": os.getloadavg()[0]}
     print(f"\nload of the machine {about['load_before']:.1f} to {about['load_after']:.1f}")

@@ -4,7 +4,7 @@ Compared are `padded`, as TRL 1.16 without checkpointing (every completion behin
 own in one batch of the group, logits in tiles that the backward computes again: 4 head products),
 and this project under its token budget. Both have the same optimizer and the same eager layers.
 
-    seconds = FLOPs / rate + bytes of layers and optimizer / bandwidth
+    seconds = FLOPs / their rates + bytes of layers and optimizer / bandwidth
 
 Norms, activation functions and rotations do few operations on many bytes; of the head and of what
 is counted as weights and gradients, products hide the bytes behind their operations.
@@ -287,9 +287,12 @@ def _estimate(
         head=job.dtype.itemsize * states + (dweight * rows if job.train == "all" else 0),
         layers=int((MOVES + MOVES_AGAIN * again) * job.row(0).kept * tokens),
     )
-    # The largest results of a layer.
-    large = job.dtype.itemsize * job.model.intermediate * row >= KEPT
-    bandwidth = on.reached * (on.anew if large else on.bandwidth)
+    seconds = (flops.linears + flops.head) / on.flops + flops.attention / on.attention
+    # The MLP's share of what layers move, and the rest, whose results are smaller.
+    mlp = 4 * job.model.intermediate * job.model.layers * job.dtype.itemsize / job.row(0).kept
+    for share, width in ((mlp, job.model.intermediate), (1 - mlp, job.model.hidden)):
+        large = job.dtype.itemsize * width * row >= KEPT
+        seconds += share * moved.layers / (on.anew if large else on.bandwidth)
     return Estimate(
         tokens=tokens,
         row=row,
@@ -297,7 +300,7 @@ def _estimate(
         memory=memory,
         moved=moved,
         checkpointing=mode,
-        backward_seconds=flops.total / (on.reached * on.flops) + moved.layers / bandwidth,
+        backward_seconds=seconds / on.reached,
         optimizer_seconds=moved.optimizer / (on.reached * on.bandwidth),
         **said,
     )

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .errors import ConfigError, nearest
 from .memory import free_bytes
 
-# Of both published peaks: what large products and copies of a long run reach.
-OF_PEAK = 0.7
+# Of both published peaks: what large products and copies of a long run reach. Of the rate of
+# products: what attention reaches, forward and backward.
+OF_PEAK, OF_PRODUCTS = 0.7, 0.7
 
 
 # The C library keeps what is smaller, and gives it out again.
@@ -25,6 +27,8 @@ class Machine(NamedTuple):
     """Bytes; of a published figure in units of 1e9, which leaves 5 % or more for the driver."""
     flops: float
     """A second, dense, in bfloat16 with float32 sums; or in the dtype that was measured."""
+    attention: float
+    """Operations a second of attention, forward and backward."""
     bandwidth: float
     """Bytes a second, read and written ones together."""
     anew: float
@@ -35,11 +39,12 @@ class Machine(NamedTuple):
     device: str = "cuda"
 
 
-# The maker's published peak: (memory GB, bfloat16 TFLOP/s without sparsity, GB/s).
+# The maker's published peak: (memory GB, bfloat16 TFLOP/s without sparsity, GB/s). A100 and H100
+# are the SXM ones.
 PUBLISHED = {
     "b200": (180, 2250, 8000),
     "h200": (141, 989, 4800),
-    "h100-sxm": (80, 989, 3350),
+    "h100": (80, 989, 3350),
     "a100-80gb": (80, 312, 2039),
     "l40s": (48, 362, 864),
     "rtx-5090": (32, 209, 1792),
@@ -59,13 +64,14 @@ def machine(name: str, dtype: torch.dtype) -> Machine:
             f"this machine, or one of {', '.join(PUBLISHED)}"
         )
     memory, teraflops, gigabytes = PUBLISHED[name]
-    bandwidth = gigabytes * 1e9
-    return Machine(name, int(memory * 1e9), teraflops * 1e12, bandwidth, bandwidth, OF_PEAK)
+    flops, bandwidth = teraflops * 1e12, gigabytes * 1e9
+    attention = OF_PRODUCTS * flops
+    return Machine(name, int(memory * 1e9), flops, attention, bandwidth, bandwidth, OF_PEAK)
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Machine:
-    """`device` in a few seconds: a product of a layer's proportions, numbers times two, what is
-    free."""
+    """`device` in a few seconds: a product of a layer's proportions, causal attention, numbers
+    times two, what is free."""
     free = free_bytes(device)
     if free is None:
         raise ConfigError("this machine does not say how much memory is free: name a GPU instead")
@@ -77,6 +83,16 @@ def measured(device: torch.device, dtype: torch.dtype) -> Machine:
     right = torch.randn(inner, outer, device=device).to(kind)
     product = _seconds(lambda: left @ right, device)
 
+    shape = (16, 16, 2048, 128) if gpu else (4, 8, 512, 64)
+    heads = [torch.randn(shape, device=device).to(kind).requires_grad_() for _ in range(3)]
+    gradient = torch.ones_like(heads[0])
+
+    def attention() -> None:
+        scaled_dot_product_attention(*heads, is_causal=True).backward(gradient)
+
+    batch, count, length, width = shape
+    scores = 3.5 * 4 * width * batch * count * length**2 / 2
+
     def bandwidth(size: int) -> float:
         source = torch.zeros(size // 4, device=device)
         return 2 * source.nbytes / _seconds(lambda: source * 2, device)
@@ -86,6 +102,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Machine:
         torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
         free,
         2 * tokens * inner * outer / product,
+        scores / _seconds(attention, device),
         bandwidth(below),
         bandwidth(above),
         1.0,

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     names = ", ".join(MODELS)
     add("--model", "qwen2.5-1.5b", f"{names}; or a model folder or its config.json", metavar="M")
-    add("--gpu", "h100-sxm", f"{', '.join(PUBLISHED)}; or here: measured", metavar="GPU")
+    add("--gpu", "h100", f"{', '.join(PUBLISHED)}; or here: measured", metavar="GPU")
     add("--prompt", 1024, "tokens of a prompt", type=int, metavar="P")
     add("--completion", 1024, "tokens of each completion", type=int, metavar="C")
     add("--group-size", 64, "completions of a prompt", type=int, metavar="G")

@@ -25,8 +25,8 @@ from grpo_fast.tiny import save_tiny
 
 CPU = torch.device("cpu")
 JOB = Job(model=MODELS["qwen2.5-1.5b"], prompt=1024, completion=1024, group_size=64)
-H100 = machine("h100-sxm", torch.bfloat16)
-ON_CPU = Machine("a CPU", 2**34, 1e11, 1e10, 1e10, 1.0, "cpu")
+H100 = machine("h100", torch.bfloat16)
+ON_CPU = Machine("a CPU", 2**34, 1e11, 5e10, 1e10, 1e10, 1.0, "cpu")
 # As published, in billions.
 PARAMETERS = {
     "qwen2.5-0.5b": 0.494,
@@ -188,9 +188,10 @@ def test_json_has_what_the_table_says(capsys, tmp_path):
 
 
 def test_time_is_work_over_the_reached_rates():
-    slow = H100._replace(flops=H100.flops / 2)
+    slow = H100._replace(flops=H100.flops / 2, attention=H100.attention / 2)
     found, slower = ours(JOB, H100, 16384, "off"), ours(JOB, slow, 16384, "off")
-    products = found.flops.total / (OF_PEAK * H100.flops)
+    products = (found.flops.linears + found.flops.head) / (OF_PEAK * H100.flops)
+    products += found.flops.attention / (OF_PEAK * H100.attention)
     assert slower.backward_seconds - found.backward_seconds == pytest.approx(products)
     assert found.backward_seconds > products
 
@@ -208,6 +209,7 @@ def test_a_cpu_pays_for_new_pages_of_large_results():
 def test_a_machine_is_measured(capsys, one_thread):
     found = measured(CPU, torch.float32)
     assert 1e8 < found.flops < 1e13
+    assert 1e8 < found.attention < 1e13
     assert 1e8 < found.anew < 1e12
     assert 1e8 < found.bandwidth < 1e12
     assert found.reached == 1
@@ -274,7 +276,7 @@ def test_a_config_that_cannot_be_counted_is_refused(config, said, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--gpu h10", "gpu 'h10' is not known: did you mean 'h100-sxm'?"),
+        ("--gpu l40", "gpu 'l40' is not known: did you mean 'l40s'?"),
         ("--model qwen2.5-15b", "did you mean 'qwen2.5-1.5b'?"),
         ("--group-size 0", "--group-size 0, expected 1 or more"),
         ("--group-size many", "argument --group-size: invalid int value: 'many'"),
