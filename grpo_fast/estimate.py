@@ -114,10 +114,6 @@ class Memory(NamedTuple):
     activations: int
     head: int
 
-    @property
-    def total(self) -> int:
-        return sum(self)
-
 
 class Moved(NamedTuple):
     """Least bytes through device memory; of the layers what eager modules move."""
@@ -127,10 +123,6 @@ class Moved(NamedTuple):
     optimizer: int
     head: int
     layers: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 class Estimate(NamedTuple):

@@ -93,6 +93,10 @@ def main(arguments: Sequence[str]) -> int:
     on = machine(options.gpu, job.dtype)
     found = [padded(job, on), ours(job, on, options.token_budget)]
     print("\n".join([*headline(job, options.model, on), "", *table(found, job, on), "", FOOTER]))
+    if not found[1].fits:
+        print(
+            "To fit: --train lora, --optimizer adamw_8bit, a shorter --completion, a smaller model."
+        )
     if options.json:
         write(options.json, job, on, found)
     return 0
@@ -100,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
 
 FOOTER = """\
 Times are for the update alone: rollouts are not in it. In brackets: if it did fit.
+Completions all have that length; shorter ones are work saved for grpo-fast, and padding otherwise.
 Memory: a tenth of what weights and optimizer leave is kept free for what an allocator wastes.
 An estimate from sizes; `grpo-fast bench --plan` holds it against steps on your machine."""
 
@@ -108,7 +113,7 @@ def headline(job: Job, name: str, on: Machine) -> list[str]:
     trained = "all weights" if job.train == "all" else f"adapters of rank {LORA_RANK}"
     source = "measured here" if on.reached == 1 else "the maker's published peak"
     return [
-        f"{name}, {job.model.parameters / 1e9:.3g}e9 parameters in {_dtype(job)}, {trained}, "
+        f"{name}, {job.model.parameters / 1e6:,.0f} million parameters in {_dtype(job)}, {trained}, "
         f"{job.optimizer}",
         f"{job.prompts} prompts of {job.prompt:,} tokens, {job.group_size:,} completions of "
         f"{job.completion:,} tokens each",
@@ -126,7 +131,7 @@ def table(found: Sequence[Estimate], job: Job, on: Machine) -> list[str]:
 
     def parts(title: str, of: Callable[[Estimate], Any], unit: float) -> list[Line]:
         names = of(found[0])._fields
-        lines = [(title, lambda e: _number(of(e).total / unit))]
+        lines = [(title, lambda e: _number(sum(of(e)) / unit))]
         for k, name in enumerate(names):
             lines.append((f"  {name}", lambda e, k=k: _number(of(e)[k] / unit)))
         return lines

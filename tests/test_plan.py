@@ -122,7 +122,7 @@ def test_padded_grows_with_the_group_and_ours_does_not():
     activations = [e.memory.activations for e in theirs]
     assert activations[2] == pytest.approx(4 * activations[1], rel=1e-6)
     assert activations[1] == pytest.approx(4 * activations[0], rel=1e-6)
-    totals = [e.memory.total for e in mine]
+    totals = [sum(e.memory) for e in mine]
     assert max(totals) < 1.01 * min(totals)
     assert all(e.fits and e.largest_group is None for e in mine)
     assert mine[1].seconds < 0.6 * theirs[1].seconds
@@ -155,6 +155,10 @@ def test_what_does_not_fit_is_said(capsys):
     lines = {line[:26].strip(): line[26:].split("  ") for line in out.splitlines()}
     assert [x.strip() for x in lines["fits into 24 GB"] if x.strip()] == ["does not fit"] * 2
     assert [x.strip() for x in lines["largest group that fits"] if x.strip()] == ["none"] * 2
+    assert out.splitlines()[-1].startswith(
+        "To fit: --train lora, --optimizer adamw_8bit, a shorter"
+    )
+    assert "To fit" not in run(capsys, "--model llama-3.1-8b --train lora --gpu rtx-4090")[1]
 
 
 def test_the_defaults_print_a_table(capsys):
