@@ -185,7 +185,8 @@ def ours(
         )
     default = default_budget(device, job.prompt, job.completion)
     wanted = token_budget or min(default, job.largest.tokens)
-    row = job.row(logit_bytes(job.model, wanted, device))
+    completed = job.prompts * job.group_size * job.completion
+    row = job.row(logit_bytes(job.model, min(wanted, completed), device))
     modes = modes_of(device) if checkpointing == "auto" else (checkpointing,)
     chosen = fastest_rows(
         row.need,

@@ -113,8 +113,8 @@ def headline(job: Job, name: str, on: Machine) -> list[str]:
     trained = "all weights" if job.train == "all" else f"adapters of rank {LORA_RANK}"
     source = "measured here" if on.reached == 1 else "the maker's published peak"
     return [
-        f"{name}, {job.model.parameters / 1e6:,.0f} million parameters in {_dtype(job)}, {trained}, "
-        f"{job.optimizer}",
+        f"{name}, {job.model.parameters / 1e6:,.0f} million parameters in {_dtype(job)}, "
+        f"{trained}, {job.optimizer}",
         f"{job.prompts} prompts of {job.prompt:,} tokens, {job.group_size:,} completions of "
         f"{job.completion:,} tokens each",
         f"{on.name}: {on.memory / 1e9:,.0f} GB, {on.flops / 1e12:,.3g} TFLOP/s, "
