@@ -7,7 +7,7 @@ and gradients are held against float64 first; what is wrong or missing has no nu
   time       median of one step: process time of one thread, or wall clock with more (CUDA: waited
              for)
   x padded   median over rounds of the padded step's time over this one's: above 1 is faster
-  predicted  the same by counting operations (bench/cost.py)
+  predicted  the same by counting operations (grpo_fast/cost.py)
   of gain    (x padded - 1) / (predicted - 1)
   GFLOP/s    counted operations over time: where a layout has less than `padded`, work is done
              slower there, or is not counted
@@ -25,13 +25,13 @@ from typing import NamedTuple, get_args
 
 import torch
 
+from grpo_fast.cost import StepCost
 from grpo_fast.memory import Meter
+from grpo_fast.model_shapes import MODELS
 
 from .charts import draw
 from .compare import Times, rounds_of
-from .cost import StepCost
 from .isolated import Call, Inline, Worker
-from .models import MODELS
 from .options import Parser
 from .provider import DTYPES, Gap
 from .record import about, written

@@ -47,7 +47,7 @@ PARTS = {
     ),
     "memory": Part("--memory", "--memory --shape 64 16 --largest 128 --budget 512"),
     "rollout": Part("--rollout", "--rollout --shape 32 8 4 --rounds 2 --seconds 0"),
-    "plan": Part("--plan", "--plan --quick"),
+    "plan": Part("--plan", "--plan --shape 32 32 8 --rounds 2"),
 }
 
 

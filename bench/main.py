@@ -1,6 +1,6 @@
 """`grpo-fast bench`: how fast the kernels are on this machine, what they compile to without one
 (`--static`), how exact they are (`--accuracy`), how fast beside the peers (`--peers`), and what a
-whole step takes (`--step`, `--memory`)."""
+whole step takes (`--step`, `--memory`, and beside an estimate `--plan`)."""
 
 import importlib
 import sys
@@ -44,6 +44,7 @@ examples:
   grpo-fast bench --peers --logits   the same of the loss from logits
   grpo-fast bench --step             a step padded, packed, with a shared prompt, and TRL's
   grpo-fast bench --memory           the most memory of a step against the size of the group
+  grpo-fast bench --plan             how far off the estimates of `grpo-fast plan` are here
   grpo-fast bench --rollout          sampling a group, beside transformers' generate
   grpo-fast bench --all --quick      all of it at small sizes in under six minutes, with pictures
   grpo-fast bench --cases            aims A to J on a GPU, and how far they are met
@@ -56,6 +57,7 @@ TABLES = {
     "--peers": "compare",
     "--step": "bench_step",
     "--memory": "memory",
+    "--plan": "plan_check",
     "--rollout": "rollouts",
     "--cases": "cases",
     "--report": "report",
@@ -75,6 +77,7 @@ def parser() -> Parser:
         ("--peers", "the loss against the peers installed here instead: time and memory"),
         ("--step", "forward and backward of a whole step instead, beside what its FLOPs predict"),
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
+        ("--plan", "time and memory of steps instead, beside what `grpo-fast plan` predicts"),
         ("--rollout", "sampling a group instead, beside transformers' generate"),
         ("--cases", "what is aimed at on a GPU, case by case, and what results say of it"),
         ("--all", "every one of these tables, into a folder, with pictures"),

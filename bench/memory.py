@@ -24,11 +24,11 @@ import torch
 
 from grpo_fast import Group, grpo_backward
 from grpo_fast.memory import Meter, free_bytes, gigabytes
+from grpo_fast.model_shapes import MODELS
 
 from .bench_step import TOLERANCE
 from .charts import draw
 from .isolated import Worker
-from .models import MODELS
 from .options import Parser
 from .provider import DTYPES, Gap
 from .record import about, written
@@ -154,7 +154,7 @@ class MemorySeat:
 
 
 def climb(
-    worker: Worker, match: StepMatch, largest: int, truth: Path, *, until_full: bool
+    worker: Worker, match: StepMatch, largest: int, truth: Path, *, until_full: bool = False
 ) -> list[dict]:
     """Rows of one provider, from 8 completions up; `until_full`: until memory runs out."""
     rows, size = [], BASE_SIZE

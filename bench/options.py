@@ -7,7 +7,8 @@ from typing import NoReturn
 
 import torch
 
-from .models import MODELS
+from grpo_fast.model_shapes import MODELS
+
 from .provider import DTYPES
 from .timing import pick_device
 
@@ -35,13 +36,16 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
         self.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE")
 
-    def add_step(self, *, plot: bool = True) -> None:
+    def add_step(self) -> None:
         """`--model`, `--dtype`, `--threads` and `--plot` of the tables of a whole step."""
+        self.add_model()
+        self.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into a PNG")
+
+    def add_model(self) -> None:
+        """`--model`, `--dtype` and `--threads`."""
         self.add_argument("--model", choices=MODELS, default="small", help="(default: small)")
         self.add_argument("--dtype", choices=DTYPES, default="float32")
         self.add_argument("--threads", type=int, default=1, help="of each step (default: 1)")
-        if plot:
-            self.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into a PNG")
 
     def device(self, name: str) -> torch.device:
         found = pick_device(name)

@@ -20,11 +20,10 @@ import torch
 
 from grpo_fast.generate import generate
 from grpo_fast.memory import Meter
+from grpo_fast.model_shapes import MODELS
 
 from .compare import rounds_of
-from .cost import body
 from .isolated import Call, Worker
-from .models import MODELS
 from .options import Parser
 from .provider import DTYPES, Gap, Provider
 from .record import about, written
@@ -149,7 +148,7 @@ def decoding_bytes(match: StepMatch) -> int:
     """What decoding must read: layers and head once a step, keys and values of each of the G
     completions as far as they go."""
     model, (prompt, length, count) = MODELS[match.model], match.shape
-    weights = body(model) + model.hidden * model.vocabulary
+    weights = model.body + model.hidden * model.vocabulary
     per_token = 2 * model.layers * model.kv_heads * model.head_dim
     tokens = count * (length * prompt + length * (length + 1) // 2)
     return torch.finfo(match.dtype).bits // 8 * (length * weights + per_token * tokens)
@@ -234,7 +233,7 @@ def parser() -> Parser:
     )
     parsed.add_argument("--rounds", type=int, default=3, help="fewest calls each (default: 3)")
     parsed.add_argument("--seconds", type=float, default=10.0, help="for more (default: 10)")
-    parsed.add_step(plot=False)
+    parsed.add_model()
     parsed.add_place()
     return parsed
 

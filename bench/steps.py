@@ -5,6 +5,7 @@ padded length. Everybody is given the same random model and group and computes t
 its gradient in every parameter; nobody updates anything or recomputes activations.
 """
 
+import importlib
 import math
 import os
 import tempfile
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast import Group, LossConfig, grpo_backward, linear_grpo_loss
+from grpo_fast.cost import Layout
 from grpo_fast.model import hidden_states
+from grpo_fast.model_shapes import MODELS
 from grpo_fast.tiny import tiny_tokenizer
 
-from .cost import Layout
-from .models import MODELS
+from .models import model_config
 from .provider import Provider
 from .timing import dtype_name
 
@@ -64,7 +66,7 @@ class StepMatch:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(MODELS[self.model].config())
+            model = AutoModelForCausalLM.from_config(model_config(MODELS[self.model]))
         return model.to(self.device, dtype or self.dtype).eval()
 
     def group(self) -> Group:
@@ -168,6 +170,41 @@ def ours(share_prompts: str, one_row: bool = False) -> Prepare:
     return prepare
 
 
+def trl_trainer(model, count: int, longest: int, folder: str):
+    """TRL's trainer of `count` completions of at most `longest` tokens, nothing trained yet."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from trl import GRPOConfig, GRPOTrainer
+
+    args = GRPOConfig(
+        output_dir=folder,
+        use_cpu=model.device.type == "cpu",
+        bf16=False,
+        per_device_train_batch_size=count,
+        num_generations=count,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        max_completion_length=longest,
+        beta=0.0,
+        loss_type=LOSS.loss_type,
+        epsilon=LOSS.epsilon,
+        epsilon_high=LOSS.epsilon_high,
+        report_to="none",
+    )
+    # With a fingerprint: making one pickles more than some versions can.
+    prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * count}), fingerprint="a")
+    trainer = GRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        args,
+        train_dataset=prompts,
+        processing_class=tiny_tokenizer(),
+    )
+    # As `Trainer.train` sets it.
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
 def trl(cut: bool = False) -> Prepare:
     """`GRPOTrainer.compute_loss` and the backward of its accelerator, on inputs that are ready, in
     one batch or in micro-batches.
@@ -177,44 +214,13 @@ def trl(cut: bool = False) -> Prepare:
     checkpointing that it has on by default.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from trl import GRPOConfig, GRPOTrainer
-
-    def trainer_of(model, count: int, longest: int, folder: str) -> GRPOTrainer:
-        args = GRPOConfig(
-            output_dir=folder,
-            use_cpu=model.device.type == "cpu",
-            bf16=False,
-            per_device_train_batch_size=count,
-            num_generations=count,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing=False,
-            max_completion_length=longest,
-            beta=0.0,
-            loss_type=LOSS.loss_type,
-            epsilon=LOSS.epsilon,
-            epsilon_high=LOSS.epsilon_high,
-            report_to="none",
-        )
-        # With a fingerprint: making one pickles more than some versions can.
-        prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * count}), fingerprint="a")
-        trainer = GRPOTrainer(
-            model,
-            lambda completions, **_: [0.0] * len(completions),
-            args,
-            train_dataset=prompts,
-            processing_class=tiny_tokenizer(),
-        )
-        # As `Trainer.train` sets it.
-        trainer.current_gradient_accumulation_steps = 1
-        return trainer
+    importlib.import_module("trl")
 
     def prepare(model, group: Group, pieces: int = 1) -> Step:
         whole = PaddedGroup.of(group, model.device)
         batches = whole.cut(pieces if cut else 1)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(model, *whole.completions.shape, folder)
+            trainer = trl_trainer(model, *whole.completions.shape, folder)
         model.train()
         inputs = [
             {

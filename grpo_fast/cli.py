@@ -1,4 +1,4 @@
-"""Console script `grpo-fast`: train, demo, report, bench, env. Options come from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, bench, env; options from `TrainConfig`."""
 
 import contextlib
 import dataclasses
@@ -104,6 +104,13 @@ def demo_command(arguments: Sequence[str]) -> int:
     return train_command(["--config", str(config), *arguments])
 
 
+def plan_command(arguments: Sequence[str]) -> int:
+    """estimate memory and time of an update: [--model M --gpu GPU --group-size G ...]"""
+    from .plan_command import main
+
+    return main(arguments)
+
+
 def report_command(arguments: Sequence[str]) -> int:
     """write the report of a run, finished or not: RUN"""
     if len(arguments) != 1 or arguments[0].startswith("-"):
@@ -141,6 +148,7 @@ def env_command(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "demo": demo_command,
+    "plan": plan_command,
     "report": report_command,
     "bench": bench_command,
     "env": env_command,

@@ -93,6 +93,27 @@ class Need(NamedTuple):
         return int(max(USABLE * free - self.fixed, 0) / max(self.per_token, 1e-9))
 
 
+class RowBytes(NamedTuple):
+    """What the memory of a row follows from."""
+
+    layers: int
+    state: float
+    """A token's hidden state."""
+    kept: float
+    """What a token leaves in all layers for the backward."""
+    backward: float
+    """What it takes in the backward of one layer besides."""
+    fixed: float
+    """Gradients of weights, and what the head takes."""
+
+    def need(self, mode: Checkpointing) -> Need:
+        if mode == "off":
+            return Need(self.fixed, self.kept + self.backward)
+        # One layer at a time is whole; what enters the others waits here, or elsewhere.
+        waiting = self.layers * self.state if mode == "on" else 0
+        return Need(self.fixed, waiting + self.kept / self.layers + self.backward)
+
+
 def estimated_need(model, mode: Checkpointing) -> Need:
     """From the shapes of the weights alone, and rather too much: a token keeps what enters and
     leaves every matrix, twice (norms, rotations and activation functions keep as much again)."""
@@ -100,30 +121,28 @@ def estimated_need(model, mode: Checkpointing) -> Need:
     size = max(weight.element_size(), 4 if torch.is_autocast_enabled(weight.device.type) else 0)
     # A token goes through some of the experts, [experts, out, in].
     experts = getattr(decoder.config, "num_experts_per_tok", None) or 1
-    whole = (
-        2
-        * size
-        * sum(
-            sum(p.shape[-2:]) * (experts if p.dim() == 3 else 1)
-            for p in decoder.parameters()
-            if p.dim() >= 2
-        )
+    sides = sum(
+        sum(p.shape[-2:]) * (experts if p.dim() == 3 else 1)
+        for p in decoder.parameters()
+        if p.dim() >= 2
     )
     embedding = model.get_input_embeddings().weight
     vocabulary, hidden = embedding.shape
-    whole -= 2 * size * vocabulary  # a lookup keeps the ids
-    count = len(layers(model)) if mode != "off" else 0
-    kept = size * hidden * count if mode == "on" else 0
+    whole = 2 * size * (sides - vocabulary)  # a lookup keeps the ids
+    # Without checkpointing nobody asks where the layers are.
+    count = len(layers(model)) if mode != "off" else decoder.config.num_hidden_layers
     gradients = sum(
         p.numel() * p.element_size()
         for p in model.parameters()
         if p.requires_grad and p.grad is None
     )
-    # The head's gradient in float32, and the blocks of logits.
-    head = 4 * vocabulary * hidden + 2**28
-    # One layer is whole in the backward, and its gradients beside it.
-    working = whole if mode == "off" else 2 * whole / count
-    return Need(gradients + head, kept + working)
+    head = head_bytes(vocabulary, hidden, 2**28)
+    return RowBytes(count, size * hidden, whole, whole / count, gradients + head).need(mode)
+
+
+def head_bytes(vocabulary: int, hidden: int, workspace: int) -> int:
+    """The head's gradient in float32, and blocks of logits."""
+    return 4 * vocabulary * hidden + workspace
 
 
 def fastest_mode(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .config import TrainConfig
+from .config import Optimizer, TrainConfig, UpdatePrecision
 from .errors import CheckpointError, ConfigError, InputError
 
 # Numbers stepped at once: float32 copies of this many are small beside a model of billions.
@@ -64,15 +64,20 @@ def make_optimizer(parameters: Iterable[Tensor], config: TrainConfig) -> torch.o
 def state_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
     """What the state of `make_optimizer(parameters, config)` will take: the table above without
     weight and gradient."""
-    return sum(p.numel() * _state_bytes_each(p, config) for p in parameters if p.requires_grad)
+    chosen = config.optimizer, config.update_precision
+    return sum(p.numel() * bytes_each(p.dtype, *chosen)[1] for p in parameters if p.requires_grad)
 
 
-def _state_bytes_each(parameter: Tensor, config: TrainConfig) -> int:
-    if config.optimizer == "adamw_8bit":
-        return 2
-    if not _is_short(parameter) or config.update_precision == "none":
-        return 2 * parameter.element_size()
-    return 12 if config.update_precision == "master" else 8
+def bytes_each(
+    dtype: torch.dtype, optimizer: Optimizer, update_precision: UpdatePrecision
+) -> tuple[int, int]:
+    """(gradient, state) of one number of a parameter: the table above without the weight."""
+    size = dtype.itemsize
+    if optimizer == "adamw_8bit":
+        return size, 2
+    if size != 2 or update_precision == "none":
+        return size, 2 * size
+    return (4, 12) if update_precision == "master" else (size, 8)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ then rehearsed on the largest micro-batch a run can have, before its first step.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,12 @@ class LargestStep(NamedTuple):
     def tokens(self) -> int:
         """Without sharing, all in one row."""
         return self.prompts * self.group_size * self.sequence
+
+
+class Rows(NamedTuple):
+    token_budget: int
+    mode: Checkpointing
+    need: Need
 
 
 class Plan(NamedTuple):
@@ -105,19 +111,42 @@ def plan_memory(
         mode = "off" if checkpointing == "auto" else checkpointing
         return Plan(wanted, mode, largest.sequence)
     free = max(free - reserved, 0)
-    best = Plan(0, "off", free=free)
     modes = modes_of(device) if checkpointing == "auto" else (checkpointing,)
-    for mode in modes:
-        need = measured_need(model, mode, wanted, loss, options)
-        most = need.most_tokens(free)
-        budget = min(wanted, most if most < LEAST_TOKENS else most // 256 * 256)
-        if budget > best.token_budget:
-            tokens = longest_row(model, budget, largest, loss, options)
-            best = Plan(budget, mode, largest.sequence, need.at(tokens), free)
-        enough = wanted if token_budget is not None else max(largest.sequence, LEAST_TOKENS)
-        if budget >= min(wanted, enough):
-            return best
+    asked = token_budget is not None
+    rows = fastest_rows(
+        lambda mode: measured_need(model, mode, wanted, loss, options),
+        modes,
+        free=free,
+        wanted=wanted,
+        enough=wanted if asked else min(wanted, max(largest.sequence, LEAST_TOKENS)),
+    )
+    tokens = longest_row(model, rows.token_budget, largest, loss, options)
+    best = Plan(rows.token_budget, rows.mode, largest.sequence, rows.need.at(tokens), free)
+    if rows.token_budget >= wanted:
+        return best
     return _smallest(best, largest, token_budget, modes[-1])
+
+
+def fastest_rows(
+    need: Callable[[Checkpointing], Need],
+    modes: Sequence[Checkpointing],
+    *,
+    free: int,
+    wanted: int,
+    enough: int,
+) -> Rows:
+    """The first of `modes` with which rows of `enough` tokens fit into `free` bytes, with rows of
+    up to `wanted`; or the one with the longest rows, where these are shorter."""
+    best = None
+    for mode in modes:
+        found = need(mode)
+        most = found.most_tokens(free)
+        budget = min(wanted, most if most < LEAST_TOKENS else most // 256 * 256)
+        if best is None or budget > best.token_budget:
+            best = Rows(budget, mode, found)
+        if budget >= enough:
+            break
+    return best
 
 
 def longest_row(

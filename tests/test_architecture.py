@@ -93,6 +93,23 @@ ALLOWED = {
         "packing",
         "step",
     },
+    "model_shapes": {"errors"},
+    "cost": {"model_shapes"},
+    "gpus": {"errors", "memory"},
+    "estimate": {
+        "chunked",
+        "config",
+        "cost",
+        "errors",
+        "gpus",
+        "loss_config",
+        "memory",
+        "model_shapes",
+        "optimizer",
+        "packing",
+        "planner",
+    },
+    "plan_command": {"config", "errors", "estimate", "gpus", "model_shapes"},
     "self_check": {"attention", "errors", "forward", "groups", "model", "packing"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}

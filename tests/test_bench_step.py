@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from grpo_bench import bench_step, hosts, main, steps
 from grpo_bench.bench_step import Check, StepSeat
-from grpo_bench.cost import StepCost
 from grpo_bench.isolated import Inline
-from grpo_bench.models import MODELS, ModelShape
+from grpo_bench.models import model_config
 from grpo_bench.provider import Gap
 from grpo_bench.steps import PROVIDERS, StepMatch, StepProvider, exact_step
+from grpo_fast.cost import StepCost
+from grpo_fast.model_shapes import MODELS, ModelShape
 
 TINY = StepMatch(shape=(9, 5, 4), lengths="lognormal", model="tiny")
 OURS = [p.name for p in PROVIDERS if p.package == "grpo-fast"]
@@ -227,5 +228,5 @@ def test_wrong_options_end_in_one_line(words, said, capsys):
 )
 def test_a_named_model_has_the_parameters_of_its_name(name, billions):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(MODELS[name].config())
+        model = AutoModelForCausalLM.from_config(model_config(MODELS[name]))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)

@@ -7,8 +7,8 @@ cost before anything runs.
 
 Training costs 3x the linears (forward, d input, d weight), 3.5x the attention (a flash backward
 makes its scores again: five products after two) and 3x the head, whose gradient is made in the
-forward. Norms, activations and the optimizer are not counted. A prompt that is forwarded once for
-completions in several rows (chunks) costs what a shared one does.
+forward; other trainers differ (`Passes`). Norms, activations and the optimizer are not counted. A
+prompt that is forwarded once for completions in several rows (chunks) costs what a shared one does.
 
 Letters: `P` prompt tokens, `C` tokens of one completion, `G` completions of the group, `D` hidden,
 `V` vocabulary.
@@ -18,15 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .models import ModelShape
+from .model_shapes import ModelShape
 
 Layout = Literal["padded", "packed", "shared"]
-
-
-def body(model: ModelShape) -> int:
-    """Weights of all layers that every token is multiplied by."""
-    attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
-    return model.layers * (attention + 3 * model.hidden * model.intermediate)
 
 
 class Work(NamedTuple):
@@ -46,6 +40,14 @@ class Flops(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+class Passes(NamedTuple):
+    """Forward and backward in units of the forward."""
+
+    linears: float = 3
+    attention: float = 3.5
+    head: float = 3
 
 
 def causal(count: int) -> int:
@@ -79,14 +81,15 @@ class StepCost:
             return Work(self.prompt + sum(read), pairs)
         return Work(sum(rows), sum(map(causal, rows)))
 
-    def training(self, layout: Layout) -> Flops:
-        """Forward and backward, nothing recomputed but attention scores."""
+    def training(self, layout: Layout, passes: Passes = Passes()) -> Flops:  # noqa: B008 - frozen
+        """Forward and backward."""
         work, model = self.work(layout), self.model
         width = model.heads * model.head_dim * model.layers
+        head = 2 * model.hidden * model.vocabulary * sum(self.completions)
         return Flops(
-            linears=3 * 2 * body(model) * work.tokens,
-            attention=7 * 2 * width * work.pairs,
-            head=3 * 2 * model.hidden * model.vocabulary * sum(self.completions),
+            linears=int(passes.linears * 2 * model.body * work.tokens),
+            attention=int(passes.attention * 4 * width * work.pairs),
+            head=int(passes.head * head),
         )
 
     def speedup(self, layout: Layout) -> float:
