@@ -15,8 +15,6 @@ from .memory import free_bytes
 # Of both published peaks: what large products and copies of a long run reach. Of the rate of
 # products: what attention reaches, forward and backward.
 OF_PEAK, OF_PRODUCTS = 0.7, 0.7
-
-
 # The C library keeps what is smaller, and gives it out again.
 KEPT = 32 * 2**20
 
@@ -24,7 +22,7 @@ KEPT = 32 * 2**20
 class Machine(NamedTuple):
     name: str
     memory: int
-    """Bytes; of a published figure in units of 1e9, which leaves 5 % or more for the driver."""
+    """Bytes; a published GB is 1e9."""
     flops: float
     """A second, dense, in bfloat16 with float32 sums; or in the dtype that was measured."""
     attention: float
@@ -32,8 +30,8 @@ class Machine(NamedTuple):
     bandwidth: float
     """Bytes a second, read and written ones together."""
     anew: float
-    """Likewise into results of KEPT bytes or more: a CPU's allocator gets their pages from
-    the system every time."""
+    """Likewise into results of KEPT bytes or more: a CPU's allocator gets their pages from the
+    system every time."""
     reached: float
     """The part of both rates that work is predicted with."""
     device: str = "cuda"
