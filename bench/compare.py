@@ -118,7 +118,7 @@ def play(match: Match, workers: list[Worker], scratch: Path, ours: str, **rounds
     print(f"{match}: the oracle ...", file=sys.stderr, flush=True)
     kinds = {worker.provider.bound for worker in workers}
     torch.save({bound: match.truth(bound=bound) for bound in kinds}, truth)
-    give_back(match.device)
+    give_back()
     errors: dict[str, str | None] = {}
     for worker in workers:
         name = worker.provider.name

@@ -41,10 +41,19 @@ def measured(run: Callable[[], object], device: torch.device) -> tuple[Call, obj
     return Call(wall, cpu, meter.bytes()), found
 
 
-def give_back(device: torch.device) -> None:
+def give_back() -> None:
     """What this process's allocator keeps of a GPU that all of them share."""
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def turn(once: Callable[[], Call], device: torch.device) -> Call:
+    """One call; on a GPU the second of two, as memory was given back."""
+    if device.type == "cuda":
+        once()
+    call = once()
+    give_back()
+    return call
 
 
 class Seat:
@@ -61,7 +70,7 @@ class Seat:
         found = match.run(self.calls, match.ready(self.calls, self.batch))
         parts = match.compared(found, self.batch)
         del found
-        give_back(match.device)
+        give_back()
         if self.bound:
             del parts["loss"]
         try:
@@ -72,12 +81,8 @@ class Seat:
         return None
 
     def time(self) -> Call:
-        """Forward and backward once; on a GPU once before, as its memory was given back."""
-        if self.match.device.type == "cuda":
-            self._once()
-        call = self._once()
-        give_back(self.match.device)
-        return call
+        """Forward and backward once."""
+        return turn(self._once, self.match.device)
 
     def _once(self) -> Call:
         match, ready = self.match, self.match.ready(self.calls, self.batch)
@@ -94,9 +99,13 @@ class FloorSeat:
     def open(self, match: Match, truth: Path) -> None:
         self.device, self.column = match.device, None
         self.column = match.floor()
+        self.column(0)
 
     def time(self) -> Call:
         """The bare work once."""
+        return turn(self._once, self.device)
+
+    def _once(self) -> Call:
         return measured(lambda: self.column(0), self.device)[0]._replace(extra=None)
 
 
@@ -116,6 +125,8 @@ def serve(pipe, provider: Provider, threads: int, seat_of: type) -> None:
             answer = gap
         except Exception as error:  # whatever a peer does becomes a line of the table
             answer = Gap(f"fails: {said(error)}")
+        if isinstance(answer, Gap):
+            give_back()
         pipe.send(answer)
 
 
