@@ -18,7 +18,6 @@ and gradients are held against float64 first; what is wrong or missing has no nu
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -31,7 +30,7 @@ from grpo_fast.model_shapes import MODELS
 
 from .charts import draw
 from .compare import Times, rounds_of
-from .isolated import Call, Inline, Worker
+from .isolated import Call, Inline, Worker, measured
 from .options import Parser
 from .provider import DTYPES, Gap
 from .record import about, written
@@ -99,22 +98,13 @@ class StepSeat:
 
     def time(self) -> Call:
         """One step."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self._run()
-        if self.match.device.type == "cuda":
-            torch.cuda.synchronize(self.match.device)
-        return Call(time.perf_counter() - wall, time.process_time() - cpu, 0)
+        return measured(self._run, self.match.device)[0]
 
 
 def step_cost(match: StepMatch) -> StepCost:
     return StepCost(
         model=MODELS[match.model], prompt=match.shape[0], completions=match.completions()
     )
-
-
-def seconds_of(call: Call, match: StepMatch, threads: int) -> float:
-    """One thread's process time is its work, whatever else the machine does."""
-    return call.cpu if threads == 1 and match.device.type == "cpu" else call.wall
 
 
 def row(
@@ -159,7 +149,6 @@ def play(
     workers: list[Worker],
     scratch: Path,
     *,
-    threads: int,
     matmul_rate: float,
     **rounds,
 ) -> list[dict]:
@@ -178,9 +167,7 @@ def play(
     right = [worker for worker in workers if isinstance(found[worker.provider.name], Check)]
     calls: Times
     calls, lost = rounds_of(right, label=str(match), **rounds)
-    times = {
-        name: [seconds_of(call, match, threads) for call in made] for name, made in calls.items()
-    }
+    times = {name: [call.seconds for call in made] for name, made in calls.items()}
     found |= lost
     return [row(match, w.provider, found[w.provider.name], times, matmul_rate) for w in workers]
 
@@ -284,7 +271,7 @@ def main(argv: list[str]) -> int:
         chosen = [provider for provider in chosen if not provider.on_request]
     place = Inline if options.together else Worker
     workers = [place(provider, options.threads, StepSeat) for provider in chosen]
-    limits = {"least": options.rounds, "seconds": options.seconds, "threads": options.threads}
+    limits = {"least": options.rounds, "seconds": options.seconds}
     limits["matmul_rate"] = rate
     try:
         for shape in shapes:

@@ -5,7 +5,8 @@ Every provider works in a process of its own and they take turns, one call each 
 that moves on by one: a machine that is shared slows all of them down, and the ratios of a round
 hold. A provider is held against the oracle first; one that is wrong or missing has no number.
 
-  time            median of one call: wall clock with all threads (CUDA: waited for)
+  time            median of one call: wall clock with all threads (CUDA: waited for), or process
+                  time with one: compares on a machine that others use too
   spread          the middle three fifths of the calls over the median; a difference below is noise
   / eager, / ours median of the ratios within a round to the fastest of the eager rows and to ours;
                   below 1 is faster
@@ -63,7 +64,7 @@ def rounds_of(
                 del times[name]
         done += 1
         if done == 1:
-            one_round = sum(calls[0].wall for calls in times.values())
+            one_round = sum(calls[0].seconds for calls in times.values())
             count = max(least, min(MOST_ROUNDS, int(seconds / max(one_round, 1e-9))))
     return times, lost
 
@@ -71,7 +72,7 @@ def rounds_of(
 def fastest_eager(times: Times) -> str | None:
     """No baseline is made of an eager form that the machine happens to be bad at."""
     medians = {
-        name: statistics.median(call.wall for call in calls)
+        name: statistics.median(call.seconds for call in calls)
         for name, calls in times.items()
         if name.startswith("eager")
     }
@@ -87,9 +88,9 @@ def row(match: Match, provider: Provider, error: str | None, times: Times, ours:
         if above not in times or below not in times:
             return None
         pairs = zip(times[above], times[below], strict=True)
-        return statistics.median(a.wall / b.wall for a, b in pairs)
+        return statistics.median(a.seconds / b.seconds for a, b in pairs)
 
-    timed = summary([call.wall for call in calls]) if calls else {}
+    timed = summary([call.seconds for call in calls]) if calls else {}
     extra = [call.extra for call in calls if call.extra is not None]
     return {
         "provider": name,
@@ -259,7 +260,9 @@ def main(argv: list[str]) -> int:
     for name in set(options.only or ()) - set(there):
         command.error(f"--only {name!r}: on {device.type} there are {', '.join(there)}")
     matches = matches_of(kind, options, shapes, device)
-    facts = about(device, "--peers", argv, clock="wall clock", threads=options.threads)
+    facts = about(device, "--peers", argv, threads=options.threads)
+    if device.type == "cuda" or options.threads > 1:
+        facts["clock"] = "wall clock"
     print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
     rows: list[dict] = []
     compared = compare(

@@ -31,16 +31,17 @@ PARTS = {
     "timing": Part("--seconds 2", "--seconds 0.2"),
     "accuracy": Part("--accuracy", "--accuracy --shape 32 64 1024"),
     "peers": Part(
-        "--peers --shape 1024 896 151936 --rounds 3 --seconds 0 "
-        "--only 'grpo-fast torch' --only eager --only TRL --only Liger",
+        "--peers --shape 512 896 151936 --threads 1 --rounds 3 --seconds 0 "
+        "--only 'grpo-fast torch' --only eager --only 'eager float32' --only TRL --only Liger",
         "--peers --quick",
     ),
     "peers-tokens": Part(
         "--peers --shape 256 256 16384 --shape 512 256 16384 --shape 1024 256 16384 "
-        "--shape 2048 256 16384 --dtype float32 --head trained --rounds 3 --seconds 0",
+        "--shape 2048 256 16384 --dtype float32 --head trained --threads 1 --rounds 3 "
+        "--seconds 0",
         "",
     ),
-    "logits": Part("--peers --logits", "--peers --logits --quick"),
+    "logits": Part("--peers --logits --threads 1", "--peers --logits --quick"),
     "step": Part(
         "--step --rounds 5 --seconds 0",
         "--step --shape 64 32 8 --shape 32 64 8 --rounds 2 --seconds 0",

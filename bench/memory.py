@@ -28,7 +28,7 @@ from grpo_fast.model_shapes import MODELS
 
 from .bench_step import TOLERANCE
 from .charts import draw
-from .isolated import Worker
+from .isolated import Worker, by_process_time
 from .options import Parser
 from .provider import DTYPES, Gap
 from .record import about, written
@@ -135,9 +135,7 @@ class MemorySeat:
             # What stays is allocated by the first step: tables, workspaces, the self-check.
             self._step(dataclasses.replace(match, shape=(*match.shape[:2], BASE_SIZE)))
         self.model.zero_grad()
-        # One thread's process time is its work, whatever else the machine does.
-        alone = match.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.process_time if alone else time.perf_counter
+        clock = time.process_time if by_process_time(match.device) else time.perf_counter
         meter, started = Meter(match.device), clock()
         loss = self._step(match)
         if match.device.type == "cuda":

@@ -60,8 +60,7 @@ def measure(
     chosen = [provider for provider in PROVIDERS if provider.name in NAMES]
     workers = [Worker(provider, threads, StepSeat) for provider in chosen]
     try:
-        rates = {"threads": threads, "matmul_rate": matmul_rate}
-        for row in play(match, workers, scratch, **rates, **rounds):
+        for row in play(match, workers, scratch, matmul_rate=matmul_rate, **rounds):
             found[row["provider"]] = {"seconds": row["seconds"], "error": row["error"]}
     finally:
         for worker in workers:

@@ -12,7 +12,6 @@ the largest float64 logits, up to the rounding of the dtype; who is wrong has no
 
 import statistics
 import sys
-import time
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from grpo_fast.generate import generate
 from grpo_fast.memory import Meter
 from grpo_fast.model_shapes import MODELS
 
+from . import isolated
 from .compare import rounds_of
 from .isolated import Call, Worker
 from .options import Parser
@@ -137,11 +137,7 @@ class RolloutSeat:
 
     def time(self) -> Call:
         """One group."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self._run()
-        if self.match.device.type == "cuda":
-            torch.cuda.synchronize(self.match.device)
-        return Call(time.perf_counter() - wall, time.process_time() - cpu, 0)
+        return isolated.measured(self._run, self.match.device)[0]
 
 
 def decoding_bytes(match: StepMatch) -> int:
@@ -216,7 +212,7 @@ def measured(match: StepMatch, workers: list[Worker], roof: float, **rounds) -> 
     right = [worker for worker in workers if isinstance(found[worker.provider.name], int)]
     calls, lost = rounds_of(right, label=str(match), **rounds)
     found |= lost
-    times = {name: [call.wall for call in made] for name, made in calls.items()}
+    times = {name: [call.seconds for call in made] for name, made in calls.items()}
     return [row(match, w.provider, found[w.provider.name], times, roof) for w in workers]
 
 
@@ -245,7 +241,9 @@ def main(argv: list[str]) -> int:
     device = command.device(options.device)
     if options.rounds < 2 or options.threads < 1 or min(options.shape) < 1:
         command.error("--rounds from 2, --threads and sizes from 1")
-    facts = about(device, "--rollout", argv, threads=options.threads, clock="wall clock")
+    facts = about(device, "--rollout", argv, threads=options.threads)
+    if device.type == "cuda" or options.threads > 1:
+        facts["clock"] = "wall clock"
     facts["bandwidth"] = bandwidth(device)
     print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
     match = StepMatch(
