@@ -81,16 +81,22 @@ class Match:
         dweight = None if self.head == "frozen" else found.dweight
         return self.compared(Gradients(found.loss, found.logp, found.dhidden, dweight), batch)
 
-    def eager(self) -> Calls:
-        """Whose error in the inputs' dtype is the measure of everybody's."""
-        return peers.eager(None, torch.float32)
+    def eagers(self) -> tuple:
+        """What trainers write: the worst error of theirs in the inputs' dtype is the measure of
+        everybody's."""
+        return (peers.eager(None, torch.float32),)
 
     def truth(self, *, bound: bool = False) -> dict[str, Parts]:
         batch = self.batch(bound=bound)
-        same = self.run_eager(batch)
-        return {"exact": self.exact(batch), "eager": self.compared(same, batch)}
+        exact = self.exact(batch)
+        runs = [self.compared(self.run_in_pieces(calls, batch), batch) for calls in self.eagers()]
 
-    def run_eager(self, batch: Batch) -> Gradients:
+        def worst(name: str) -> Tensor:
+            return max((run[name] for run in runs), key=lambda part: (part - exact[name]).norm())
+
+        return {"exact": exact, "eager": {name: worst(name) for name in exact}}
+
+    def run_in_pieces(self, calls: Calls, batch: Batch) -> Gradients:
         """A few rows at a time: the logits of all might not fit."""
         sequences, length = batch.targets.shape
         width, old = max(EAGER_ROWS // sequences, 1), batch.old_logprobs
@@ -103,7 +109,7 @@ class Match:
                 targets=batch.targets[:, part],
                 old_logprobs=None if old is None else old[:, part],
             )
-            found, share = self.run(self.eager(), some), some.targets.shape[1] / length
+            found, share = self.run(calls, some), some.targets.shape[1] / length
             loss += share * found.loss
             logp.append(found.logp.view(sequences, -1))
             dhidden.append(share * found.dhidden.view(sequences, -1, batch.hidden.shape[-1]))
@@ -147,8 +153,8 @@ class LogitsMatch(Match):
     def run(self, calls: LogitsCalls, batch: LogitsBatch) -> LogitsGradients:
         return calls.gradients(batch)
 
-    def run_eager(self, batch: LogitsBatch) -> LogitsGradients:
-        return self.run(self.eager(), batch)
+    def run_in_pieces(self, calls: LogitsCalls, batch: LogitsBatch) -> LogitsGradients:
+        return self.run(calls, self.ready(calls, batch))
 
     def kept_bytes(self, found: LogitsGradients) -> int:
         """Nothing: whether the gradient takes memory of its own is what differs here."""
@@ -183,9 +189,10 @@ class LogitsMatch(Match):
         parts = {name: torch.cat(pieces).cpu() for name, pieces in found.items()}
         return parts | {"loss": loss.cpu()}
 
-    def eager(self) -> LogitsCalls:
-        """The form of most kernels: its errors are theirs, log-softmax has a part of them."""
-        return logits_peers.eager_logsumexp()
+    def eagers(self) -> tuple:
+        """log-softmax is worse at log-probs of a large vocabulary, logsumexp, the form of most
+        kernels, at gradients of confident rows."""
+        return logits_peers.eager(), logits_peers.eager_logsumexp()
 
     def floor(self) -> Column:
         n, v = self.shape

@@ -90,6 +90,13 @@ def test_exact_gradient_is_the_derivative_of_the_exact_loss():
     assert (high & (advantages > 0)).any()
 
 
+@pytest.mark.parametrize("name", ["eager", "eager logsumexp"])
+def test_each_eager_form_is_right_where_the_other_is_better(name):
+    match, calls = match_of(torch.float32, (128, 32768)), calls_of(name)
+    batch = match.batch()
+    check(match, match.run(calls, match.ready(calls, batch)), batch)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_error_in_any_row_is_seen(dtype):
     """Also in one whose gradient is not compared entry by entry."""

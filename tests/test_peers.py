@@ -442,10 +442,12 @@ def test_results_name_the_kind_of_machine_only():
 def test_eager_in_pieces_is_eager(head, monkeypatch):
     """The measure of an error at a million tokens is what it is at a few."""
     match = Match(shape=(40, 16, 53), dtype=torch.float32, head=head, device=CPU)
-    batch = match.batch()
-    whole = match.run(match.eager(), batch)
+    batch, (calls,) = match.batch(), match.eagers()
+    whole = match.run(calls, batch)
     monkeypatch.setattr(matches, "EAGER_ROWS", 12)
-    for name, part, all_of_it in zip(whole._fields, match.run_eager(batch), whole, strict=True):
+    for name, part, all_of_it in zip(
+        whole._fields, match.run_in_pieces(calls, batch), whole, strict=True
+    ):
         if all_of_it is None:
             assert part is None
         else:
