@@ -12,8 +12,6 @@ from grpo_fast.model_shapes import MODELS
 from .provider import DTYPES
 from .timing import pick_device
 
-SIZES = ("tokens", "hidden size", "vocabulary")
-
 
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` without the usage block above its errors; descriptions keep their
