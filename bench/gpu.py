@@ -223,7 +223,10 @@ def main(argv: list[str]) -> int:
                 left_out.append(name)
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                result["parts"][name] = PARTS[name](Path(scratch), limit)
+                part = result["parts"][name] = PARTS[name](Path(scratch), limit)
+            if "result" in part:
+                # What runs is installed, and does not know the checkout it came from.
+                part["result"]["about"]["commit"] = about["commit"]
             # Written after each part: what was measured survives whatever comes next.
             path.write_text(json.dumps(result, indent=1) + "\n")
             print_part(name, result["parts"][name])

@@ -299,6 +299,8 @@ def test_gpu_parts_fail_alone(tmp_path, monkeypatch):
     assert written["schema"] == gpu.SCHEMA
     assert [part["status"] for part in written["parts"].values()] == ["timeout", "ok", "ok"]
     assert written["parts"]["demo"]["reward_after"] == 0.95
+    timed = written["parts"]["timing"]["result"]["about"]
+    assert timed["commit"] == written["about"]["commit"]
     # In pieces: an earlier part of the same commit stays, one of another commit goes.
     path.write_text(json.dumps(written | {"parts": {"kernels": ok | {"seconds": 7.0}}}))
     only = ["--only", "demo", "--only", "timing"]
