@@ -153,8 +153,10 @@ def peers_bars(record: Record):
                 continue
             y, ratio = names.index(row["provider"]), row["over_ours"]
             colour = OURS[0] if is_ours(row["provider"]) else OTHERS[0]
+            # The floor is no loss: hollow.
+            face = colour if row.get("role", "loss") == "loss" else "white"
             # From 1, which is as fast as ours: a logarithm has no 0 to start at.
-            place.barh(y, ratio - 1, 0.62, left=1, color=colour)
+            place.barh(y, ratio - 1, 0.62, left=1, color=face, edgecolor=colour)
             place.text(max(ratio, 1), y, f" {ratio:.2f}", va="center", fontsize=8)
         place.axvline(1, color="black", linewidth=0.8)
         place.set_xscale("log")
@@ -187,7 +189,7 @@ def roofline(record: Record):
         ridge = peak / bandwidth
         roof = [left * bandwidth, peak, peak]
         place.plot([left, ridge, max(right, 2 * ridge)], roof, color="black", linewidth=1.2)
-        place.text(left, left * bandwidth * 1.3, f"copy {bandwidth / 1e9:.1f} GB/s", fontsize=8)
+        place.text(left, left * bandwidth * 1.8, f"copy {bandwidth / 1e9:.1f} GB/s", fontsize=8)
         place.text(ridge, peak * 1.12, f"products {peak / 1e9:,.0f} GFLOP/s", fontsize=8)
     for k, row in enumerate(rows):
         x = row["flops"] / row["bytes"]
