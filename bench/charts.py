@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-# Ours in one colour family, others in the rest; readable without colour by order and label.
-OURS, OTHERS = ("#1d4ed8", "#0891b2", "#7c3aed"), ("#6b7280", "#e8890c", "#16a34a", "#e5484d")
+# Ours in blues, others in the rest; readable without colour by order, marker and label.
+OURS = ("#1d4ed8", "#0891b2", "#7c3aed")
+OTHERS = ("#6b7280", "#e8890c", "#16a34a", "#e5484d", "#a16207", "#db2777", "#84cc16", "#111827")
+FLOOR = "floor"
 MARKERS = "osD^vP*X"
 
 
@@ -82,8 +84,15 @@ def _lines(place, rows: list[dict], x: str, y: Callable[[dict], float], paint: d
     for k, name in enumerate(paint):
         mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[x])
         marker = MARKERS[k % len(MARKERS)]
-        values = [y(r) for r in mine]
-        place.plot([r[x] for r in mine], values, marker=marker, ms=4, color=paint[name], label=name)
+        look = {
+            "marker": marker,
+            "ms": 4,
+            "color": paint[name],
+            "lw": 2.4 if is_ours(name) else 1.3,
+        }
+        if name == FLOOR:
+            look |= {"color": "black", "ls": "--", "marker": ""}
+        place.plot([r[x] for r in mine], [y(r) for r in mine], label=name, **look)
     place.set_xscale("log", base=2)
     place.set_yscale("log")
     sizes = sorted({r[x] for r in rows})
@@ -120,7 +129,7 @@ def peers_by_tokens(record: Record):
     rows = [row for row in record["rows"] if row["seconds"]]
     matches = _peer_matches(record)
     paint = colours(distinct(row["provider"] for row in rows), is_ours)
-    made, axes = figure(10, 0.6 + 3.6 * len(matches), nrows=len(matches), ncols=2)
+    made, axes = figure(11.5, 0.6 + 3.6 * len(matches), nrows=len(matches), ncols=2)
     for (dtype, head), (time, memory) in zip(matches, axes, strict=True):
         mine = [r for r in rows if (r["dtype"], r.get("head")) == (dtype, head)]
         _lines(time, mine, "N", lambda r: r["seconds"], paint)
@@ -129,7 +138,8 @@ def peers_by_tokens(record: Record):
         time.set_ylabel("seconds, forward and backward", fontsize=9)
         memory.set_ylabel("extra memory, MiB", fontsize=9)
         time.set_title(dtype if head is None else f"{dtype}, head {head}", fontsize=9)
-    axes[0][0].legend(fontsize=7, frameon=False)
+    names = axes[0][0].get_legend_handles_labels()
+    made.legend(*names, loc="outside right upper", fontsize=8, frameon=False)
     made.supxlabel("tokens, N", fontsize=9)
     sizes = " ".join(f"{letter}={rows[0][letter]}" for letter in "DV" if rows[0].get(letter))
     made.suptitle(f"The loss, {sizes}. {caption(record)}", fontsize=8)
