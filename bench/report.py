@@ -11,7 +11,7 @@ from typing import Any
 from .charts import draw
 from .options import Parser
 from .record import ROOT, named_records
-from .tables import table
+from .tables import source, table
 
 RESULTS = ROOT / "bench/results"
 # In the order in which they are shown.
@@ -25,16 +25,20 @@ TITLES = {
     "timing": "Each op against eager and its ceiling",
     "static": "What the kernels compile to",
 }
-# What the project's README shows, by file: for people who decide, not for those who tune.
-SHOWN = ("cpu-peers", "cpu-step", "cpu-memory")
+# What the project's README shows, by file, and whether with its table: for people who decide, not
+# for those who tune.
+SHOWN = {"cpu-peers": False, "cpu-step": True, "cpu-memory": True}
 BEGIN, END = "<!-- figures: made by `grpo-fast bench --report` -->", "<!-- end of figures -->"
 
 
-def section(name: str, record: dict[str, Any], *, level: str, picture: str | None) -> list[str]:
-    lines = [f"{level} {TITLES[record['kind']]}: {name}", ""]
+def section(
+    head: str, record: dict[str, Any], picture: str | None, *, whole: bool = True
+) -> list[str]:
+    """Heading, picture, and the table or its last line alone."""
+    lines = [head, ""]
     if picture:
         lines += [f"![{TITLES[record['kind']]}]({picture})", ""]
-    return [*lines, *table(record), ""]
+    return [*lines, *(table(record) if whole else [source(record)]), ""]
 
 
 def page(records: dict[str, dict], drawn: set[str]) -> str:
@@ -50,17 +54,18 @@ def page(records: dict[str, dict], drawn: set[str]) -> str:
     ]
     for name, record in records.items():
         picture = f"{name}.png" if name in drawn else None
-        lines += section(name, record, level="##", picture=picture)
+        lines += section(f"## {TITLES[record['kind']]}: {name}", record, picture)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def figures(records: dict[str, dict], drawn: set[str]) -> str:
     """What stands between the marks of the project's README."""
     lines = []
-    for name in SHOWN:
+    for name, whole in SHOWN.items():
         if name in records:
+            record = records[name]
             picture = f"bench/results/{name}.png" if name in drawn else None
-            lines += section(name, records[name], level="###", picture=picture)
+            lines += section(f"### {TITLES[record['kind']]}", record, picture, whole=whole)
     return "\n".join(lines).rstrip()
 
 
