@@ -128,8 +128,8 @@ def test_a_call_without_config_or_with_an_unknown_sum_is_named():
     with pytest.raises(ConfigError, match="config is missing"):
         verl.policy_loss("vanilla")(**arguments())
     for own in (None, LossConfig()):
+        loss = verl.policy_loss("vanilla", own)
         with pytest.raises(ConfigError, match="loss_agg_mode = 'mean'"):
-            loss = verl.policy_loss("vanilla", own)
             loss(**arguments(), loss_agg_mode="mean", config=verl_config())
 
 
