@@ -1,5 +1,5 @@
-"""`grpo-fast parity`: the loss of a trainer installed here and ours on one random batch, and whether
-it is safe to switch.
+"""`grpo-fast parity`: the loss of a trainer installed here and ours on one random batch, and
+whether it is safe to switch.
 
 Shapes: `S` sequences, `L` padded length, `D` hidden, `V` vocabulary.
 """

@@ -46,6 +46,9 @@ for step in range(20):
     hidden = inner.get_decoder()(tokens).last_hidden_state[:, 3:-1]
     output = linear_grpo_loss(hidden, inner.lm_head.weight, answers, advantages, config=config)
     accelerator.backward(output.loss)
+    for parameter in inner.parameters():
+        # The loss went past the wrapper that would add the processes' gradients up.
+        parameter.grad = accelerator.reduce(parameter.grad, "mean")
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(

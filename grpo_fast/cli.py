@@ -1,4 +1,5 @@
-"""Console script `grpo-fast`: train, demo, plan, report, bench, parity, env; options from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, bench, parity, env; options of train from
+`TrainConfig`."""
 
 import contextlib
 import dataclasses
