@@ -7,6 +7,7 @@ Shapes: `S` sequences, `L` padded length, `T` packed tokens, `D` hidden, `V` voc
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..loss_config import LossConfig
-from ..objective import bounds_of
+from ..objective import bounds_of, dppo_kl, dppo_tv
 from ..ops import linear_logprob
 from ..presets import VERL_AGGREGATIONS, VERL_LOSS_TYPES, verl_denominators
 from .hosts import Exchange, float_mean, host_module, trained_head, version_of
@@ -119,16 +120,14 @@ def _held(config, ratio, log_ratio, logp, old, advantages) -> tuple[Tensor, Tens
 
 def _blocked(kind: str, bounds, logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     """Tokens beyond DPPO's trust region: those whose objective loses its slope."""
-    from ..objective import dppo_kl, dppo_tv
-
-    class Probe:
-        pass
-
-    tokens = Probe()
-    tokens.logprobs, tokens.old_logprobs = logp, old
-    tokens.log_ratio, tokens.ratio = logp - old, torch.ones_like(logp)
-    # With weight 1 and a log-prob that is never 0, a loss of 0 is one that was blocked.
-    tokens.advantages = torch.where(advantages > 0, 1.0, -1.0).to(logp.dtype)
+    # With weight 1 and a log-prob that is not 0, a loss of 0 is one that was blocked.
+    tokens = SimpleNamespace(
+        logprobs=logp,
+        old_logprobs=old,
+        log_ratio=logp - old,
+        ratio=torch.ones_like(logp),
+        advantages=torch.where(advantages > 0, 1.0, -1.0).to(logp.dtype),
+    )
     function = dppo_tv if kind == "dppo_tv" else dppo_kl
     return function(tokens, bounds) == 0
 

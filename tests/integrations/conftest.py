@@ -3,10 +3,6 @@
 from grpo_bench.hosts import PEERS
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "host: needs TRL, verl and Liger, which `make test` brings")
-
-
 def pytest_collection_modifyitems(config, items):
     if PEERS.is_dir():
         return
