@@ -260,9 +260,12 @@ def verl_core() -> types.ModuleType:
     """`verl.trainer.ppo.core_algos` as installed. verl's root package, its transport and its
     profiler import Ray, so of these three only what the losses need is there."""
 
+    spec = importlib.util.find_spec("verl")
+    root = Path(next(iter(spec.submodule_search_locations or ())))
+
     def package(name: str, **members: Any) -> types.ModuleType:
         module = types.ModuleType(name)
-        module.__path__ = [str(PEERS.joinpath(*name.split(".")))]
+        module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
         vars(module).update(members)
         sys.modules[name] = module
         return module

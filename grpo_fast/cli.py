@@ -1,4 +1,5 @@
-"""Console script `grpo-fast`: train, demo, plan, report, bench, env; options from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, bench, parity, env; options of train from
+`TrainConfig`."""
 
 import contextlib
 import dataclasses
@@ -126,6 +127,11 @@ def bench_command(arguments: Sequence[str]) -> int:
     return importlib.import_module("grpo_bench.main").main(list(arguments))
 
 
+def parity_command(arguments: Sequence[str]) -> int:
+    """hold the loss against that of a trainer installed here: --host trl|liger|verl"""
+    return importlib.import_module("grpo_bench.parity").main(list(arguments))
+
+
 def env_command(arguments: Sequence[str]) -> int:
     """show versions, the device, and which implementation 'auto' is here"""
     if arguments:
@@ -151,6 +157,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "report": report_command,
     "bench": bench_command,
+    "parity": parity_command,
     "env": env_command,
 }
 

@@ -1,6 +1,10 @@
-"""The demo's parts: data, reward, tokenizer, base model, config."""
+"""The demo's parts: data, reward, tokenizer, base model, config; and the two loops, run."""
 
+import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +87,15 @@ def test_the_config_names_parts_that_are_there():
     assert Path(config.dataset).is_file()
     (reward,) = load_rewards(config.reward, config.reward_weights)
     assert reward.name == "exact_answer"
+
+
+@pytest.mark.parametrize("name", ["own_loop", "accelerate_loop"])
+def test_the_loops_run_and_learn(name):
+    if name == "accelerate_loop" and importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate is not installed: pip install accelerate")
+    command = [sys.executable, str(FOLDER / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rewards = [float(number) for number in re.findall(r"reward (\S+)", done.stdout)]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
