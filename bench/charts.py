@@ -239,6 +239,11 @@ def predictions(record: Record):
         place.plot([low, high], [low, high], color="black", linewidth=0.8)
         place.set_xscale("log")
         place.set_yscale("log")
+        ticks = [step * 10**k for k in range(-4, 7) for step in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
+        place.minorticks_off()
         place.set_xlabel("predicted", fontsize=9)
         place.set_ylabel("measured", fontsize=9)
         place.set_title(title, fontsize=9)
