@@ -1,4 +1,6 @@
-"""Console script `grpo-fast`: train, demo, plan, report, doctor, bench, env; options from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, doctor, bench, env.
+
+Options come from `TrainConfig`."""
 
 import contextlib
 import dataclasses

@@ -243,10 +243,11 @@ def throughput(run: History, limits: Limits) -> Seen | None:
                 "look at time/* and the lengths; a smaller one needs less memory",
                 "token_budget",
             )
+    seconds = run.mean("step_time", WINDOW)
     shares = {
-        name.removeprefix("time/"): run.mean(name, WINDOW) / run.mean("step_time", WINDOW)
+        name.removeprefix("time/"): run.mean(name, WINDOW) / seconds
         for name in run.row
-        if name.startswith("time/")
+        if seconds > 0 and name.startswith("time/")
     }
     reward = shares.pop("reward", 0.0)
     if reward > own["reward"]:
