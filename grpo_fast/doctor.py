@@ -116,6 +116,7 @@ class Doctor:
         self.limits = limits
         self.rows = 0
         self.findings: dict[str, Finding] = {}
+        self._needs = {rule.id: [need.split("|") for need in rule.needs] for rule in RULES}
         self._missing = {rule.id: [*rule.needs] for rule in RULES}
         self._asked: set[str] = set()
 
@@ -142,15 +143,16 @@ class Doctor:
         return new
 
     def _can_ask(self, rule: Rule) -> bool:
-        missing = self._missing[rule.id]
-        if missing:
-            self._missing[rule.id] = [need for need in missing if not self.run.has(need)]
-        if not all(map(self.run.has, rule.needs)):
-            return False
-        if any(name not in self.run.options for name in rule.options):
-            return False
-        self._asked.add(rule.id)
-        return True
+        has = self.run.has
+        there = [any(map(has, names)) for names in self._needs[rule.id]]
+        if rule.id not in self._asked:
+            here = {need for need, found in zip(rule.needs, there, strict=True) if found}
+            self._missing[rule.id] = [n for n in self._missing[rule.id] if n not in here]
+            if any(name not in self.run.options for name in rule.options):
+                return False
+            if all(there):
+                self._asked.add(rule.id)
+        return all(there)
 
     def missing(self, rule: Rule) -> list[str]:
         """What the rule needs and the run does not say; empty where it was asked."""

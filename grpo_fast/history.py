@@ -21,6 +21,11 @@ TWO_REWARDS = "a second rewards/<name>/mean"
 ONE_ITERATION = "clip_ratio/region_mean with num_iterations 1"
 
 
+def measured(value: Any) -> bool:
+    """A finite number; beyond 1e150 its square is none."""
+    return type(value) in (float, int) and abs(value) < 1e150
+
+
 class Trend(NamedTuple):
     """Last third of a window against its first."""
 
@@ -100,7 +105,7 @@ class History:
         self.recent.append(row)
         step = row["step"]
         for name, value in row.items():
-            if name == "step" or type(value) not in (float, int) or not abs(value) < 1e150:
+            if name == "step" or not measured(value):
                 continue
             if name not in self.series:
                 self.series[name] = Series()
@@ -116,11 +121,8 @@ class History:
     def step(self) -> int:
         return self.row["step"]
 
-    def has(self, need: str) -> bool:
-        """Whether the latest row has one of the metrics `a|b`."""
-        return any(self._here(name) for name in need.split("|"))
-
-    def _here(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether the latest row has what a rule may need."""
         if name == TWO_REWARDS:
             return len(self.parts) > 1
         if name == ONE_ITERATION:
@@ -131,7 +133,7 @@ class History:
     def value(self, name: str) -> float:
         """Of the latest row; NaN where it has none."""
         value = self.row.get(name)
-        return value if type(value) in (float, int) and abs(value) < 1e150 else math.nan
+        return value if measured(value) else math.nan
 
     def mean(self, name: str, count: int, least: int = 5) -> float:
         """Of the last `count` values; NaN where there are fewer than `least`, so that no limit is
@@ -147,7 +149,7 @@ class History:
 
     def before(self, name: str, count: int, least: int = 10) -> list[float]:
         """Up to `count` values before the latest; none where there are fewer than `least`."""
-        values = self.series[name].values[-count - 1 : -1]
+        values = self.series[name].values[-count - 1 : -1] if name in self.series else []
         return values if len(values) >= least else []
 
     def median(self, name: str, count: int) -> float:
@@ -160,10 +162,10 @@ class History:
         if series is None or len(series) < count or third < 2:
             return None
         end = len(series)
-        cuts = [(end - (k + 1) * third, end - k * third) for k in (2, 1, 0)]
-        first, middle, last = (series.mean(*cut) for cut in cuts)
-        spread = series.variance(*cuts[0]) + series.variance(*cuts[2])
-        return Trend(first, middle, last, math.sqrt(spread / (third - 1)))
+        a, b, c = end - 3 * third, end - 2 * third, end - third
+        spread = series.variance(a, b) + series.variance(c, end)
+        noise = math.sqrt(spread / (third - 1))
+        return Trend(series.mean(a, b), series.mean(b, c), series.mean(c, end), noise)
 
 
 class Seen(NamedTuple):

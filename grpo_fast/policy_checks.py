@@ -15,6 +15,7 @@ from .history import (
     Limits,
     Seen,
     level,
+    measured,
     reward_flat,
     slow,
     solved,
@@ -37,7 +38,7 @@ def kl_explosion(run: History, limits: Limits) -> Seen | None:
             f"(started at {run.start('kl'):.3g})",
         )
     before = run.before("kl", RECENT)
-    if not before:
+    if not before or now <= own["floor"]:
         return None
     usual = statistics.median(before)
     # Twice the last rows' highest, so that a steady climb is no jump.
@@ -50,7 +51,12 @@ def kl_explosion(run: History, limits: Limits) -> Seen | None:
 def kl_without_reward(run: History, limits: Limits) -> Seen | None:
     own = limits["R4"]
     kl, reward = (run.trend(name, slow(run, "reward")) for name in ("kl", "reward"))
-    if kl is None or reward is None or solved(run, limits) or kl.last > limits["R3"]["warning"]:
+    if (
+        kl is None
+        or reward is None
+        or solved(run, limits)
+        or run.mean("kl", 3) > limits["R3"]["warning"]
+    ):
         return None
     if not (kl.rises and kl.last > own["ratio"] * kl.first and kl.change > own["rise"]):
         return None
@@ -130,8 +136,8 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
     start, now = run.start("entropy"), run.mean("entropy", 3, least=10)
     if now != now or start <= 0:
         return None
-    reward = run.trend("reward", SLOW_LEAST)
-    if reward is not None and reward.falls and now > own["rise"] * start:
+    reward = run.trend("reward", SLOW_LEAST) if now > own["rise"] * start else None
+    if reward is not None and reward.falls:
         return Seen(
             "warning",
             f"entropy rose {start:.3g} -> {now:.3g} while reward fell "
@@ -140,17 +146,19 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
             "lower it, and go back to a checkpoint from before",
             "learning_rate",
         )
+    values = run.series["entropy"].values
+    ago = statistics.fmean(values[-13:-10]) if len(values) >= 13 else math.nan
+    if now > own["halved"] * start and not now < (1 - own["drop"]) * ago:
+        return None
     if not reward_flat(run, limits, min(SLOW_LEAST, len(run.series["reward"]))):
         return None
     said = f"entropy {start:.3g} -> {now:.3g} ({now / start:.0%} of its start), reward not rising"
     if now < own["floor"] * start:
         return Seen("error", said)
-    values = run.series["entropy"].values
-    ago = statistics.fmean(values[-13:-10]) if len(values) >= 13 else math.nan
     if now < (1 - own["drop"]) * ago:
         return Seen("warning", f"{said}; {1 - now / ago:.0%} lost in 10 rows")
     trend, planned = run.trend("entropy", SLOW_LEAST), run.options.get("max_steps")
-    if trend is None or not trend.falls or now > own["halved"] * start:
+    if trend is None or not trend.falls:
         return None
     if not isinstance(planned, int):
         return None
@@ -171,10 +179,11 @@ def gradient(run: History, limits: Limits) -> Seen | None:
             return Seen("error", said)
         return Seen("info", f"{said}: such a step is skipped")
     # A step in which all groups were dead has no gradient to lose.
-    zero = [row for row in run.recent if row.get("grad_norm") == 0 and alive(row)]
-    share = len(zero) / len(run.recent)
-    severity = level(share, {name: own[name] for name in ("info", "warning", "error")})
-    if norm == 0 and alive(run.row) and severity and len(run.recent) >= 5:
+    if norm == 0 and alive(run.row) and len(run.recent) >= 5:
+        zero = [row for row in run.recent if row.get("grad_norm") == 0 and alive(row)]
+        severity = level(len(zero) / len(run.recent), own)
+        if not severity:
+            return None
         return Seen(
             severity,
             f"gradient exactly 0 in {len(zero)} of the last {len(run.recent)} rows, which had "
@@ -184,7 +193,7 @@ def gradient(run: History, limits: Limits) -> Seen | None:
             "model",
         )
     before = run.before("grad_norm", RECENT)
-    if not before:
+    if not before or norm <= own["ratio"] * min(before):
         return None
     usual = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
@@ -196,8 +205,7 @@ def gradient(run: History, limits: Limits) -> Seen | None:
 def broken(row: Mapping[str, object]) -> bool:
     """Loss or gradient is there and not finite, or the trainer skipped the update."""
     values = [row[name] for name in ("loss", "grad_norm") if name in row]
-    finite = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    return not finite or bool(row.get("skipped_updates", 0))
+    return not all(map(measured, values)) or bool(row.get("skipped_updates", 0))
 
 
 def alive(row: Mapping[str, object]) -> bool:

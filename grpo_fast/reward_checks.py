@@ -122,10 +122,10 @@ def reward_hacking(run: History, limits: Limits) -> Seen | None:
         train, now = run.series["reward"], run.mean("reward", 5)
         # Both of the last two, because one evaluation of few prompts is noise.
         best = max(evals.values[-2:])
-        for step, value in list(zip(evals.steps, evals.values, strict=True))[-8:-2]:
+        for step, value in zip(evals.steps[-8:-2], evals.values[-8:-2], strict=True):
             rise = now - train.around(step, 5)
             gap = rise - (best - value)
-            severity = level(gap, {name: own[name] for name in ("warning", "error")})
+            severity = level(min(rise, gap), {name: own[name] for name in ("warning", "error")})
             if severity and best - value <= own["eval_gain"] and best < own["ceiling"]:
                 return Seen(
                     severity,

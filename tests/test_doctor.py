@@ -239,7 +239,7 @@ FAULTS = (
         "reward",
         lambda row, k: {
             "completions/mean_length": row["completions/mean_length"] * (1 + 0.06 * k),
-            "reward": 0.5 + 0.006 * k,
+            "reward": 0.5 + min(0.004 * k, 0.1),
             **({"eval_reward": 0.45} if "eval_reward" in row else {}),
         },
     ),
@@ -432,7 +432,10 @@ def test_a_run_that_solved_its_prompts_is_no_alarm():
         done = min(row["step"] / 60, 1)
         if row["step"]:
             row |= {"reward": 0.4 + 0.58 * done, "entropy": 0.8 - 0.75 * done}
-            row |= {"rewards/answer/mean": row["reward"], "frac_reward_zero_std": 0.1 + 0.8 * done}
+            row |= {
+                "rewards/answer/mean": row["reward"],
+                "frac_reward_zero_std": 0.1 + 0.8 * done**4,
+            }
         if "eval_reward" in row:
             row["eval_reward"] = 0.4 + 0.6 * done
     alarms, doctor = watch(rows, CONFIG)
