@@ -30,9 +30,9 @@ This page is written by `docs/doctor.py`; a test holds it to the rules and to wh
 MEASURED = """## Measured
 
 Synthetic runs of {steps} steps with noise, made by `tests/test_doctor.py`; a fault starts in step
-{start}, or in the first. Found: seeds in which its rule gives a warning or an error. Delay: steps from
-the fault's start, median and longest. Others: alarms of any other rule in the same runs. So a rule is
-told apart here by construction; how often a real fault looks like these is not measured.
+{start}, or in the first. Found: seeds in which its rule gives a warning or an error. Delay: steps
+from the fault's start, median and longest. Others: alarms of any other rule in the same runs. So a
+rule is told apart here by construction; how often a real fault looks like these is not measured.
 
 | fault | rule | found | delay | others |
 | --- | --- | --- | --- | --- |

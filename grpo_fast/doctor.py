@@ -116,7 +116,7 @@ class Doctor:
         self.limits = limits
         self.rows = 0
         self.findings: dict[str, Finding] = {}
-        self._needs = {rule.id: [need.split("|") for need in rule.needs] for rule in RULES}
+        self._needs = {rule.id: [{*need.split("|")} for need in rule.needs] for rule in RULES}
         self._missing = {rule.id: [*rule.needs] for rule in RULES}
         self._asked: set[str] = set()
 
@@ -143,23 +143,24 @@ class Doctor:
         return new
 
     def _can_ask(self, rule: Rule) -> bool:
-        has = self.run.has
-        there = [any(map(has, names)) for names in self._needs[rule.id]]
+        here, known = self.run.here, self.run.options
         if rule.id not in self._asked:
-            here = {need for need, found in zip(rule.needs, there, strict=True) if found}
-            self._missing[rule.id] = [n for n in self._missing[rule.id] if n not in here]
-            if any(name not in self.run.options for name in rule.options):
-                return False
-            if all(there):
-                self._asked.add(rule.id)
-        return all(there)
+            missing = self._missing[rule.id]
+            self._missing[rule.id] = [n for n in missing if here.isdisjoint(n.split("|"))]
+        if any(names.isdisjoint(here) for names in self._needs[rule.id]):
+            return False
+        if any(name not in known for name in rule.options):
+            return False
+        self._asked.add(rule.id)
+        return True
 
     def missing(self, rule: Rule) -> list[str]:
         """What the rule needs and the run does not say; empty where it was asked."""
         if rule.id in self._asked:
             return []
-        needs = self._missing[rule.id] or ([] if rule.options else list(rule.needs))
         options = [f"option {n}" for n in rule.options if n not in self.run.options]
+        # A need that is there in some row only is missing beside the others.
+        needs = self._missing[rule.id] or ([] if options else [*rule.needs])
         return [need.replace("|", " or ") for need in needs] + options
 
     def status(self, rule: Rule) -> str:

@@ -16,7 +16,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "R1": {"info": 0.30, "warning": 0.50, "error": 0.75, "easy": 0.85, "hard": 0.15},
     "R2": {"least": 8, "dead": 0.30, "error": 0.75, "bound": 0.10, "excess": 0.25},
     "R3": {"spike": 3.0, "floor": 0.02, "warning": 0.5, "error": 2.0},
-    "R4": {"ratio": 1.5, "rise": 0.02},
+    "R4": {"ratio": 1.5, "rise": 0.02, "noise": 1.0, "speed": 1.4},
     "R5": {"info": 0.01, "warning": 0.1, "growth": 2.0, "ess": 0.3, "low": 0.5, "high": 2.0},
     "R6": {"info": 0.0, "warning": 0.02, "error": 0.10},
     "R7": {"info": 0.10, "warning": 0.20, "error": 0.40, "asymmetry": 3.0},

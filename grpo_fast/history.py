@@ -5,7 +5,7 @@ import bisect
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 SEVERITIES = ("info", "warning", "error")
@@ -32,8 +32,12 @@ class Trend(NamedTuple):
     first: float
     middle: float
     last: float
-    noise: float
-    """Standard error of last - first."""
+    spread: Callable[[], float]
+
+    @property
+    def noise(self) -> float:
+        """Standard error of last - first; rarely asked for, and not for nothing."""
+        return self.spread()
 
     @property
     def change(self) -> float:
@@ -69,8 +73,9 @@ class Series:
     def append(self, step: int, value: float) -> None:
         self.steps.append(step)
         self.values.append(value)
-        self._sums.append(self._sums[-1] + value)
-        self._squares.append(self._squares[-1] + value * value)
+        sums, squares = self._sums, self._squares
+        sums.append(sums[-1] + value)
+        squares.append(squares[-1] + value * value)
 
     def mean(self, start: int, stop: int) -> float:
         """`fmean(values[start:stop])` for 0 <= start < stop."""
@@ -93,6 +98,8 @@ class History:
         self.options = options
         """Of the run, flat: `loss.beta`."""
         self.row: Mapping[str, Any] = {}
+        self.here: set[str] = set()
+        """What the latest row has of what a rule may need."""
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
         self.series: dict[str, Series] = {}
         self.parts: list[str] = []
@@ -102,33 +109,35 @@ class History:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.row = row
+        finite = [name for name, value in row.items() if name != "step" and measured(value)]
+        self.here = set(finite)
         self.recent.append(row)
         step = row["step"]
-        for name, value in row.items():
-            if name == "step" or not measured(value):
-                continue
-            if name not in self.series:
-                self.series[name] = Series()
+        for name in finite:
+            series = self.series.get(name)
+            if series is None:
+                series = self.series[name] = Series()
                 if name.startswith("rewards/") and name.endswith("/mean"):
                     self.parts.append(name[len("rewards/") : -len("/mean")])
-            self.series[name].append(step, value)
+            series.append(step, row[name])
         if "reward_std" in row:
             spreads = [row.get(f"rewards/{part}/std", 0.0) for part in self.parts]
             same = row["reward_std"] == 0 and not any(spreads)
             self.identical = self.identical + 1 if same else 0
+        self._complete()
+
+    def _complete(self) -> None:
+        """What is here beside finite metrics."""
+        # A NaN says something to the gradient's rule, and to no other.
+        self.here |= {"grad_norm", "loss"} & self.row.keys()
+        if len(self.parts) > 1:
+            self.here.add(TWO_REWARDS)
+        if self.options.get("num_iterations") == 1 and "clip_ratio/region_mean" in self.here:
+            self.here.add(ONE_ITERATION)
 
     @property
     def step(self) -> int:
         return self.row["step"]
-
-    def has(self, name: str) -> bool:
-        """Whether the latest row has what a rule may need."""
-        if name == TWO_REWARDS:
-            return len(self.parts) > 1
-        if name == ONE_ITERATION:
-            return self.options.get("num_iterations") == 1 and "clip_ratio/region_mean" in self.row
-        # A NaN is a value to the gradient's rule, and to no other before one was finite.
-        return name in self.row and (name in self.series or name in ("grad_norm", "loss"))
 
     def value(self, name: str) -> float:
         """Of the latest row; NaN where it has none."""
@@ -163,9 +172,11 @@ class History:
             return None
         end = len(series)
         a, b, c = end - 3 * third, end - 2 * third, end - third
-        spread = series.variance(a, b) + series.variance(c, end)
-        noise = math.sqrt(spread / (third - 1))
-        return Trend(series.mean(a, b), series.mean(b, c), series.mean(c, end), noise)
+
+        def spread() -> float:
+            return math.sqrt((series.variance(a, b) + series.variance(c, end)) / (third - 1))
+
+        return Trend(series.mean(a, b), series.mean(b, c), series.mean(c, end), spread)
 
 
 class Seen(NamedTuple):

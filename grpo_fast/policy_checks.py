@@ -50,17 +50,17 @@ def kl_explosion(run: History, limits: Limits) -> Seen | None:
 
 def kl_without_reward(run: History, limits: Limits) -> Seen | None:
     own = limits["R4"]
-    kl, reward = (run.trend(name, slow(run, "reward")) for name in ("kl", "reward"))
-    if (
-        kl is None
-        or reward is None
-        or solved(run, limits)
-        or run.mean("kl", 3) > limits["R3"]["warning"]
-    ):
+    kl = run.trend("kl", slow(run, "reward"))
+    if kl is None or not (kl.last > own["ratio"] * kl.first and kl.change > own["rise"]):
         return None
-    if not (kl.rises and kl.last > own["ratio"] * kl.first and kl.change > own["rise"]):
+    # What speeds up, or is past R3's limit, is an explosion, whatever the reward does.
+    now = run.mean("kl", 3)
+    if now > own["speed"] * kl.last or now > limits["R3"]["warning"]:
         return None
-    if not reward.flat:
+    if not kl.rises or solved(run, limits):
+        return None
+    reward = run.trend("reward", slow(run, "reward"))
+    if reward is None or reward.change > own["noise"] * reward.noise:
         return None
     return Seen(
         "error" if reward.falls else "warning",
@@ -75,10 +75,9 @@ def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
     if run.start(GAP, 3) > limits["R15"]["error"]:
         return None
     severity = level(now, {name: own[name] for name in ("info", "warning")})
-    trend = run.trend(GAP, SLOW_LEAST)
     evidence = f"|log p of the sampler - of the trainer| {now:.3g} a token"
-    grows = trend is not None and trend.rises and trend.last > own["growth"] * trend.first
-    if severity == "warning" and grows:
+    trend = run.trend(GAP, SLOW_LEAST) if severity == "warning" else None
+    if trend is not None and trend.last > own["growth"] * trend.first and trend.rises:
         severity = "error"
         evidence += f", growing: {trend.first:.3g} -> {trend.last:.3g}"
     weight, ess = run.mean(IS_MEAN, 5, least=3), run.mean("sampling/ess", 5, least=3)

@@ -133,8 +133,8 @@ def reward_hacking(run: History, limits: Limits) -> Seen | None:
                     f"{best - value:+.2f}: a gap of {gap:.2f}",
                 )
     trends = {p: run.trend(f"rewards/{p}/mean", SLOW_LEAST) for p in run.parts}
-    up = {p: t for p, t in trends.items() if t and t.rises and t.change > own["warning"]}
-    down = {p: t for p, t in trends.items() if t and t.falls and -t.change > own["fall"]}
+    up = {p: t for p, t in trends.items() if t and t.change > own["warning"] and t.rises}
+    down = {p: t for p, t in trends.items() if t and -t.change > own["fall"] and t.falls}
     if not up or not down:
         return None
     gamed, hurt = (max(found, key=lambda p: abs(found[p].change)) for found in (up, down))
