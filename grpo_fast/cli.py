@@ -1,5 +1,5 @@
-"""Console script `grpo-fast`: train, demo, plan, report, bench, parity, env; options of train from
-`TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, doctor, bench, parity, env; options of
+train from `TrainConfig`."""
 
 import contextlib
 import dataclasses
@@ -122,6 +122,13 @@ def report_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def doctor_command(arguments: Sequence[str]) -> int:
+    """name what is wrong with a run and which option to change: RUN [--json ...]"""
+    from .doctor_command import main
+
+    return main(arguments)
+
+
 def bench_command(arguments: Sequence[str]) -> int:
     """measure the kernels; --static compiles them for every target without a GPU"""
     return importlib.import_module("grpo_bench.main").main(list(arguments))
@@ -156,6 +163,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo_command,
     "plan": plan_command,
     "report": report_command,
+    "doctor": doctor_command,
     "bench": bench_command,
     "parity": parity_command,
     "env": env_command,

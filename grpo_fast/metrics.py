@@ -76,6 +76,9 @@ def update_metrics(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
             merged["clip_ratio/low_min"] = min(values)
         if name == "clip_ratio/high_mean":
             merged["clip_ratio/high_max"] = max(values)
+        # Before the first update every ratio is 1: anything clipped there is rounding.
+        if name == "clip_ratio/region_mean" and name in iterations[0]:
+            merged["clip_ratio/first_mean"] = iterations[0][name]
     return merged
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .charts import charts, draw, finite, missing_matplotlib, short_number
+from .doctor import Doctor, diagnose, flat
+from .doctor_rules import RULES
 from .errors import InputError
 from .runlog import read_completions, read_metrics, read_saved_config
 
@@ -23,6 +25,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not rows:
         raise InputError(f"{folder}/metrics.jsonl has no rows yet: wait for the first step")
     config = read_saved_config(folder)
+    completions = read_completions(folder)
     page = _template().render(
         name=folder.resolve().name,
         headline=headline(rows),
@@ -30,8 +33,9 @@ def write_report(run_dir: str | Path) -> Path:
         tiles=tiles(rows),
         charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
         no_charts=missing_matplotlib(),
-        samples=samples(read_completions(folder)),
-        config=_flat(config),
+        doctor=diagnosis(diagnose(rows, config, completions)),
+        samples=samples(completions),
+        config={key: "" if value is None else value for key, value in flat(config).items()},
     )
     path = folder / "report.html"
     staging = folder / ".report.html.writing"
@@ -72,6 +76,18 @@ def tiles(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         ("tokens", _count(tokens[-1]) if tokens else "not measured"),
         ("tokens a second", _count(statistics.median(speed)) if speed else "not measured"),
     ]
+
+
+def diagnosis(doctor: Doctor) -> dict[str, Any]:
+    """The doctor's findings, worst first, and what it says of the other rules."""
+    states = [(rule, doctor.status(rule)) for rule in RULES]
+    return {
+        "findings": doctor.ranked(),
+        "ok": [rule.name for rule, state in states if state == "ok"],
+        "skipped": [
+            (rule.name, doctor.missing(rule)) for rule, state in states if state == "skipped"
+        ],
+    }
 
 
 def samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,17 +158,6 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as `loss.beta`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "" if value is None else value
-    return flat
 
 
 def _template() -> Any:

@@ -22,6 +22,7 @@ import torch
 
 from .config import TrainConfig
 from .console import Progress
+from .doctor import Doctor
 from .entropy_control import bonus_entropy
 from .errors import GrpoFastError
 from .groups import Group
@@ -85,6 +86,9 @@ def loop(
     with StopRequest(progress) as stop:
         if done == 0:
             run.log(0, evaluate(config, parts, progress))
+        doctor = Doctor(dataclasses.asdict(config))
+        for row in read_metrics(run.folder):
+            doctor.feed(row)
         progress.start(done)
         for step in range(done + 1, config.max_steps + 1):
             watch = Stopwatch()
@@ -102,10 +106,14 @@ def loop(
             # Asked once: a step that is shown as the last one is also saved.
             last = step == config.max_steps or stop.requested
             run.log(step, metrics)
+            findings = doctor.feed({"step": step, **metrics})
             run.log_completions(completion_rows(step, groups, config.log_completions))
             done = step
             if step % config.log_every == 0 or last:
                 progress.step(step, metrics)
+            for finding in findings:
+                if finding.severity != "info":
+                    progress.note(finding.line())
             if last or due(step, config.save_every):
                 save(config, run, parts, step, time.perf_counter() - started, tokens)
             if skipped >= MAX_SKIPPED_STEPS:

@@ -72,6 +72,13 @@ ALLOWED = {
     "kl_reward": LEAVES | {"implementation", "inputs", "objective", "reference"},
     "testing": set(),
     "groups": {"advantages", "errors"},
+    # A log is diagnosed without torch: the doctor knows rows of numbers and no part of a run.
+    "history": set(),
+    "reward_checks": {"history"},
+    "policy_checks": {"history"},
+    "doctor_rules": {"history", "policy_checks", "reward_checks"},
+    "doctor": {"doctor_rules", "history"},
+    "doctor_command": {"doctor", "doctor_rules", "errors", "history", "runlog"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
     "collate": {"errors", "groups", "layout", "packing"},

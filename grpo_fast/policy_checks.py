@@ -1,0 +1,271 @@
+"""The doctor's rules about the policy: KL, clipping, entropy, gradients, and the machine.
+
+Each is a function of the run so far and the limits: what it sees now, or None.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+
+from .history import (
+    RECENT,
+    SLOW_LEAST,
+    WINDOW,
+    History,
+    Limits,
+    Seen,
+    level,
+    measured,
+    reward_flat,
+    slow,
+    solved,
+)
+
+GAP = "sampling/sampling_logp_difference/mean"
+IS_MEAN = "sampling/importance_sampling_ratio/mean"
+
+
+def kl_explosion(run: History, limits: Limits) -> Seen | None:
+    own, now = limits["R3"], run.value("kl")
+    short = run.mean("kl", 3, least=1)
+    severity = level(min(now, short), own)
+    rate = run.row.get("learning_rate")
+    at = f" at learning_rate {rate:.2g}" if isinstance(rate, float) else ""
+    if severity:
+        return Seen(
+            severity,
+            f"kl {now:.3g}{at}, mean of the last rows {short:.3g}, limit {own[severity]:g} a token "
+            f"(started at {run.start('kl'):.3g})",
+        )
+    before = run.before("kl", RECENT)
+    if not before or now <= own["floor"]:
+        return None
+    usual = statistics.median(before)
+    # Twice the last rows' highest, so that a steady climb is no jump.
+    if now > max(own["spike"] * usual, own["floor"], 2 * max(before[-5:])):
+        times = f"{now / usual:.1f} times the median" if usual > 0 else "from a median of 0"
+        return Seen("warning", f"kl jumped to {now:.3g}{at}, {times} ({usual:.3g})")
+    return None
+
+
+def kl_without_reward(run: History, limits: Limits) -> Seen | None:
+    own = limits["R4"]
+    kl = run.trend("kl", slow(run, "reward"))
+    if kl is None or not (kl.last > own["ratio"] * kl.first and kl.change > own["rise"]):
+        return None
+    # What speeds up, or is past R3's limit, is an explosion, whatever the reward does.
+    now = run.mean("kl", 3)
+    if now > own["speed"] * kl.last or now > limits["R3"]["warning"]:
+        return None
+    if not kl.rises or solved(run, limits):
+        return None
+    reward = run.trend("reward", slow(run, "reward"))
+    if reward is None or reward.change > own["noise"] * reward.noise:
+        return None
+    return Seen(
+        "error" if reward.falls else "warning",
+        f"over the last {slow(run, 'reward')} rows kl went {kl.first:.3g} -> {kl.last:.3g} while "
+        f"reward went {reward.first:.3f} -> {reward.last:.3f} (noise {reward.noise:.3f})",
+    )
+
+
+def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
+    own, now = limits["R5"], run.mean(GAP, 5, least=3)
+    # A gap from the first step on is R15's.
+    if run.start(GAP, 3) > limits["R15"]["error"]:
+        return None
+    severity = level(now, {name: own[name] for name in ("info", "warning")})
+    evidence = f"|log p of the sampler - of the trainer| {now:.3g} a token"
+    trend = run.trend(GAP, SLOW_LEAST) if severity == "warning" else None
+    if trend is not None and trend.last > own["growth"] * trend.first and trend.rises:
+        severity = "error"
+        evidence += f", growing: {trend.first:.3g} -> {trend.last:.3g}"
+    weight, ess = run.mean(IS_MEAN, 5, least=3), run.mean("sampling/ess", 5, least=3)
+    if weight < own["low"] or weight > own["high"]:
+        severity = "warning" if severity != "error" else severity
+        evidence += f"; mean importance weight {weight:.2f}"
+    if ess < own["ess"]:
+        severity = "warning" if severity != "error" else severity
+        evidence += f"; effective sample share {ess:.2f}"
+    return Seen(severity, evidence) if severity else None
+
+
+def first_clip(run: History) -> float:
+    """Tokens clipped before any update, of the last rows."""
+    name = "clip_ratio/first_mean"
+    if name not in run.row and run.options.get("num_iterations") == 1:
+        name = "clip_ratio/region_mean"
+    return run.mean(name, WINDOW) if name in run.row else math.nan
+
+
+def phantom_clip(run: History, limits: Limits) -> Seen | None:
+    clipped = first_clip(run)
+    severity = level(clipped, limits["R6"])
+    if not severity:
+        return None
+    return Seen(
+        severity,
+        f"{clipped:.1%} of the tokens clipped before the policy changed, where every ratio is 1",
+    )
+
+
+def clip_fraction(run: History, limits: Limits) -> Seen | None:
+    own = limits["R7"]
+    if run.options.get("num_iterations") == 1 or first_clip(run) > limits["R6"]["warning"]:
+        return None
+    clipped = run.mean("clip_ratio/region_mean", WINDOW)
+    severity = level(clipped, own)
+    if not severity:
+        return None
+    low, high = (run.mean(f"clip_ratio/{side}_mean", WINDOW) for side in ("low", "high"))
+    evidence = f"{clipped:.1%} of the tokens clipped, low {low:.1%}, high {high:.1%}"
+    if high > own["asymmetry"] * low:
+        return Seen(
+            severity,
+            evidence,
+            "likely tokens that became likelier hit the upper bound",
+            "clip higher: 0.28 (DAPO)",
+            "loss.epsilon_high",
+        )
+    return Seen(severity, evidence)
+
+
+def entropy_collapse(run: History, limits: Limits) -> Seen | None:
+    own = limits["R8"]
+    start, now = run.start("entropy"), run.mean("entropy", 3, least=10)
+    if now != now or start <= 0:
+        return None
+    reward = run.trend("reward", SLOW_LEAST) if now > own["rise"] * start else None
+    if reward is not None and reward.falls:
+        return Seen(
+            "warning",
+            f"entropy rose {start:.3g} -> {now:.3g} while reward fell "
+            f"{reward.first:.3f} -> {reward.last:.3f}",
+            "the policy is falling apart into noise",
+            "lower it, and go back to a checkpoint from before",
+            "learning_rate",
+        )
+    values = run.series["entropy"].values
+    ago = statistics.fmean(values[-13:-10]) if len(values) >= 13 else math.nan
+    if now > own["halved"] * start and not now < (1 - own["drop"]) * ago:
+        return None
+    if not reward_flat(run, limits, min(SLOW_LEAST, len(run.series["reward"]))):
+        return None
+    said = f"entropy {start:.3g} -> {now:.3g} ({now / start:.0%} of its start), reward not rising"
+    if now < own["floor"] * start:
+        return Seen("error", said)
+    if now < (1 - own["drop"]) * ago:
+        return Seen("warning", f"{said}; {1 - now / ago:.0%} lost in 10 rows")
+    trend, planned = run.trend("entropy", SLOW_LEAST), run.options.get("max_steps")
+    if trend is None or not trend.falls:
+        return None
+    if not isinstance(planned, int):
+        return None
+    left = (now - own["floor"] * start) / (-trend.change / (2 * SLOW_LEAST / 3))
+    if run.step + left < planned:
+        return Seen(
+            "warning", f"{said}; at this pace 10 % is reached at step {run.step + left:.0f}"
+        )
+    return None
+
+
+def gradient(run: History, limits: Limits) -> Seen | None:
+    own, norm = limits["R13"], run.value("grad_norm")
+    if broken(run.row):
+        count = sum(map(broken, run.recent))
+        said = f"loss or gradient not finite in {count} of the last {len(run.recent)} rows"
+        if count >= own["repeats"]:
+            return Seen("error", said)
+        return Seen("info", f"{said}: such a step is skipped")
+    # A step in which all groups were dead has no gradient to lose.
+    if norm == 0 and alive(run.row) and len(run.recent) >= 5:
+        zero = [row for row in run.recent if row.get("grad_norm") == 0 and alive(row)]
+        severity = level(len(zero) / len(run.recent), own)
+        if not severity:
+            return None
+        return Seen(
+            severity,
+            f"gradient exactly 0 in {len(zero)} of the last {len(run.recent)} rows, which had "
+            "groups to learn from",
+            "parameters are frozen, or log-probs lost their graph",
+            "check that the model's parameters require gradients, and that no log-prob is detached",
+            "model",
+        )
+    before = run.before("grad_norm", RECENT)
+    if not before or norm <= own["ratio"] * min(before):
+        return None
+    usual = statistics.median(before)
+    spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
+    if norm > own["ratio"] * usual and norm > usual + own["sigma"] * spread:
+        return Seen("warning", f"grad_norm {norm:.3g}, {norm / max(usual, 1e-30):.1f} x the median")
+    return None
+
+
+def broken(row: Mapping[str, object]) -> bool:
+    """Loss or gradient is there and not finite, or the trainer skipped the update."""
+    values = [row[name] for name in ("loss", "grad_norm") if name in row]
+    return not all(map(measured, values)) or bool(row.get("skipped_updates", 0))
+
+
+def alive(row: Mapping[str, object]) -> bool:
+    """Some group has rewards that differ, as far as the row says."""
+    return row.get("frac_reward_zero_std") != 1
+
+
+def first_gap(run: History, limits: Limits) -> Seen | None:
+    gap, limit = run.start(GAP, 3), limits["R15"]["error"]
+    if len(run.series[GAP]) < 3 or not gap > limit:
+        return None
+    return Seen("error", f"{gap:.3g} a token in the first 3 rows already, limit {limit:g}")
+
+
+def loss_near_zero(run: History, limits: Limits) -> Seen | None:
+    loss = run.mean("loss", WINDOW)
+    if not abs(loss) < limits["R16"]["info"]:
+        return None
+    norm = run.value("grad_norm")
+    moving = f"; the gradient is not: its norm is {norm:.3g}" if norm > 0 else ""
+    return Seen("info", f"mean loss {loss:.2g}{moving}")
+
+
+def idle_rate(run: History, limits: Limits) -> Seen | None:
+    rows, planned = int(limits["R17"]["rows"]), run.options.get("max_steps")
+    rates = run.series["learning_rate"].values[-rows:]
+    if len(rates) < rows or any(rates) or run.step == planned:
+        return None
+    return Seen("warning", f"learning_rate 0 in {rows} rows in a row, at step {run.step}")
+
+
+def throughput(run: History, limits: Limits) -> Seen | None:
+    own = limits["R18"]
+    speeds = run.series.get("tokens_per_second")
+    # The first row warms up.
+    if speeds is not None and len(speeds) >= 2 * WINDOW + 1:
+        now, usual = speeds.mean(len(speeds) - 5, len(speeds)), speeds.mean(1, WINDOW + 1)
+        if now < own["slower"] * usual:
+            return Seen(
+                "warning",
+                f"{now:,.0f} tokens a second, {usual:,.0f} at first",
+                "something compiles again and again, memory is short, or the machine is shared",
+                "look at time/* and the lengths; a smaller one needs less memory",
+                "token_budget",
+            )
+    seconds = run.mean("step_time", WINDOW)
+    shares = {
+        name.removeprefix("time/"): run.mean(name, WINDOW) / seconds
+        for name in run.row
+        if seconds > 0 and name.startswith("time/")
+    }
+    reward = shares.pop("reward", 0.0)
+    if reward > own["reward"]:
+        return Seen("warning", f"reward functions take {reward:.0%} of a step")
+    padding = run.mean("batch/pad_frac", WINDOW)
+    # Our own packed rows have no padding: there the metric says what it would have been.
+    if padding > own["padding"] and "batch/row_fill_frac" not in run.row:
+        return Seen("warning", f"{padding:.0%} of the tokens are padding", "", "pack rows")
+    longest = max(shares, key=lambda name: shares[name], default="")
+    if longest and shares[longest] > own["phase"]:
+        said = f"{longest} takes {shares[longest]:.0%} of a step"
+        key = "max_completion_length" if longest == "rollout" else "prompts_per_step"
+        return Seen("info", said, f"{longest} bounds the step", "a smaller one is faster", key)
+    return None

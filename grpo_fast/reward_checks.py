@@ -1,0 +1,206 @@
+"""The doctor's rules about rewards, groups and completions.
+
+Each is a function of the run so far and the limits: what it sees now, or None.
+"""
+
+import statistics
+
+from .history import SLOW_LEAST, WINDOW, History, Limits, Seen, level, reward_flat, slow, solved
+
+
+def all_equal(p: float, group_size: int) -> float:
+    """`p**G + (1 - p)**G`: the probability that all completions of a group succeed, or all fail."""
+    return p**group_size + (1 - p) ** group_size
+
+
+def needed_group(p: float, bound: float) -> int | None:
+    """The smallest G that brings `all_equal` to `bound`; None above 1024."""
+    return next((g for g in range(2, 1025) if all_equal(p, g) <= bound), None)
+
+
+def no_signal(run: History, limits: Limits) -> Seen | None:
+    own = limits["R1"]
+    dead, p = run.mean("frac_reward_zero_std", WINDOW), run.mean("reward", WINDOW)
+    severity = level(dead, own)
+    if not severity or run.identical or small_group(run, limits):
+        return None
+    evidence = f"{dead:.0%} of the groups of the last {WINDOW} rows bought no gradient"
+    prompts, size = run.options.get("prompts_per_step"), run.options.get("group_size")
+    if isinstance(prompts, int):
+        evidence += f": {dead * prompts:.0f} of {prompts} a step"
+    evidence += f"; mean reward {p:.2f}"
+    if isinstance(size, int) and 0 < p < 1:
+        evidence += (
+            f"; at one success rate for all prompts it would be {all_equal(p, size):.0%}, with "
+            f"group_size {2 * size} {all_equal(p, 2 * size):.0%}"
+        )
+    if own["easy"] <= p <= 1:
+        cause, change = "the prompts are too easy now", "add harder prompts, or stop here"
+        # A run that got there by itself has done its work.
+        severity = "info" if solved(run, limits) else severity
+    elif 0 <= p <= own["hard"]:
+        cause, change = "the prompts are too hard", "add easier prompts, or start from a better one"
+    else:
+        cause = "some prompts are always solved and others never"
+        change = "leave out prompts whose groups are all right or all wrong"
+    return Seen(severity, evidence, cause, change)
+
+
+def small_group(run: History, limits: Limits) -> Seen | None:
+    own, size = limits["R2"], run.options.get("group_size")
+    if not isinstance(size, int) or size >= own["least"] or run.identical:
+        return None
+    p, dead = run.mean("reward", WINDOW), run.mean("frac_reward_zero_std", WINDOW)
+    evidence, change = f"group_size {size}", f"at least {own['least']:.0f}"
+    if 0 < p < 1:
+        expected, needed = all_equal(p, size), needed_group(p, own["bound"])
+        evidence += (
+            f": at success rate p = {p:.2f}, p^G + (1-p)^G = {expected:.0%} of the groups are "
+            "all right or all wrong"
+        )
+        if needed:
+            change = f"{max(needed, 4)}: from there on it is at most {own['bound']:.0%}"
+    if dead == dead:
+        evidence += f"; measured {dead:.0%}"
+    if size <= 2:
+        return Seen("warning", f"{evidence}; with 2 an advantage is +-0.71 at any gap", "", change)
+    # Far more dead groups than chance makes come from the prompts, and no group size mends them.
+    if not (0 < p < 1 and own["dead"] < dead <= expected + own["excess"]):
+        return None
+    return Seen("error" if dead > own["error"] else "warning", evidence, "", change)
+
+
+def truncation(run: History, limits: Limits) -> Seen | None:
+    cut = run.mean("completions/clipped_ratio", WINDOW)
+    severity = level(cut, limits["R9"])
+    if not severity:
+        return None
+    cap = run.options.get("max_completion_length")
+    evidence = f"{cut:.0%} of the completions were cut off" + (f" at {cap} tokens" if cap else "")
+    if cut > 0.999:
+        evidence += ": every reward measures the cap"
+    return Seen(severity, evidence)
+
+
+def length_drift(run: History, limits: Limits) -> Seen | None:
+    own, name = limits["R10"], "completions/mean_length"
+    now, start = run.mean(name, 5), run.start(name)
+    if now < own["collapse"] * start and reward_flat(
+        run, limits, min(SLOW_LEAST, len(run.series[name]))
+    ):
+        return Seen(
+            "warning",
+            f"mean length {start:.0f} -> {now:.0f} tokens, reward not rising",
+            "ending at once is the safest answer under this reward",
+            "make it pay for the answer, not for the end",
+        )
+    trend = run.trend(name, slow(run, name))
+    if trend is None or not now > own["growth"] * trend.first:
+        return None
+    count = min(slow(run, name), 100)
+    pairs = [run.series[n].values[-count:] for n in (name, "reward")]
+    if len(pairs[0]) != len(pairs[1]) or any(min(v) == max(v) for v in pairs):
+        return None
+    together = statistics.correlation(*pairs)
+    if together < own["correlation"]:
+        return None
+    said = (
+        f"mean length {trend.first:.0f} -> {now:.0f} tokens, correlation with reward {together:.2f}"
+    )
+    evals = run.series.get("eval_reward")
+    if evals is None or len(evals) < 2:
+        return Seen("info", f"{said}; no held-out reward to tell use from padding")
+    gain = evals.values[-1] - min(evals.values[-4:-1])
+    if gain > own["eval_gain"]:
+        return None
+    return Seen("warning", f"{said}; held-out reward gained {gain:+.3f}")
+
+
+def reward_hacking(run: History, limits: Limits) -> Seen | None:
+    own, evals = limits["R11"], run.series.get("eval_reward")
+    if "eval_reward" in run.row and len(evals) >= 3:
+        train, now = run.series["reward"], run.mean("reward", 5)
+        # Both of the last two, because one evaluation of few prompts is noise.
+        best = max(evals.values[-2:])
+        for step, value in zip(evals.steps[-8:-2], evals.values[-8:-2], strict=True):
+            rise = now - train.around(step, 5)
+            gap = rise - (best - value)
+            severity = level(min(rise, gap), {name: own[name] for name in ("warning", "error")})
+            if severity and best - value <= own["eval_gain"] and best < own["ceiling"]:
+                return Seen(
+                    severity,
+                    f"since step {step} the training reward rose {rise:+.2f}, the held-out one "
+                    f"{best - value:+.2f}: a gap of {gap:.2f}",
+                )
+    trends = {p: run.trend(f"rewards/{p}/mean", SLOW_LEAST) for p in run.parts}
+    up = {p: t for p, t in trends.items() if t and t.change > own["warning"] and t.rises}
+    down = {p: t for p, t in trends.items() if t and -t.change > own["fall"] and t.falls}
+    if not up or not down:
+        return None
+    gamed, hurt = (max(found, key=lambda p: abs(found[p].change)) for found in (up, down))
+    return Seen(
+        "warning",
+        f"reward '{gamed}' went {up[gamed].first:.2f} -> {up[gamed].last:.2f} while '{hurt}' went "
+        f"{down[hurt].first:.2f} -> {down[hurt].last:.2f}",
+        f"'{gamed}' is cheaper to get and is being gamed at the cost of '{hurt}'",
+        "weigh the gamed part down, or pay it only together with the other",
+        "reward_weights",
+    )
+
+
+def hidden_variance(run: History, limits: Limits) -> Seen | None:
+    own, scale = limits["R12"], run.options.get("scale_rewards", "group")
+    if scale in ("none", False) or run.identical:
+        return None
+    # TRL's reward_std is the mean over groups already.
+    name = "groups/std_mean" if "groups/std_mean" in run.row else "reward_std"
+    dead, spread = run.mean("frac_reward_zero_std", 5), run.mean(name, 5)
+    raw = spread / max(1 - dead, 1e-6)
+    size = run.mean("advantage/abs_mean", 5) if "advantage/abs_mean" in run.row else 1.0
+    if not (raw > 0 and size > own["advantage"]):
+        return None
+    severity = level(1 / raw, {name: own[name] for name in ("warning", "error")})
+    if not severity:
+        return None
+    return Seen(
+        severity,
+        f"rewards inside a group differ by a std of {raw:.2g}, and dividing by it makes advantages "
+        f"of ordinary size: amplified {1 / raw:,.0f} times, limit {own[severity]:g}",
+    )
+
+
+def reward_plumbing(run: History, limits: Limits) -> Seen | None:
+    own, rewards = limits["R14"], run.series["reward"]
+    if run.identical >= own["rows"] and rewards:
+        value, same = run.value("reward"), run.identical
+        earlier = max(len(rewards) - same, 0)
+        before = rewards.mean(max(earlier - WINDOW, 0), earlier) if earlier else 0.0
+        # Where the run climbed there by itself, it is R1's: nothing left to learn.
+        if not (value > 0 and before >= limits["R1"]["easy"] * value):
+            return Seen(
+                "error",
+                f"all rewards were {value:g} in each of the last {same} rows: every advantage is 0",
+            )
+    lost = run.mean("unscored_frac", WINDOW)
+    severity = level(lost, {name: own[name] for name in ("warning", "error")})
+    if severity:
+        return Seen(
+            severity,
+            f"{lost:.1%} of the completions got no reward",
+            "the reward function returned None for them, or gave up",
+            "see which completions have no reward, and return 0 where they are wrong",
+        )
+    if len(run.parts) < 2 or len(rewards) < own["constant"] or run.identical:
+        return None
+    for part in run.parts:
+        spreads = run.series.get(f"rewards/{part}/std")
+        # One that varied once and is now always earned has been learned.
+        if spreads is not None and spreads.mean(0, len(spreads)) == 0:
+            return Seen(
+                "warning",
+                f"reward '{part}' was {run.value(f'rewards/{part}/mean'):g} for every completion "
+                f"of {len(spreads)} rows",
+                f"'{part}' tells no completion from another",
+                "check its function and its columns, or leave it out",
+            )
+    return None
