@@ -112,6 +112,12 @@ ALLOWED = {
     "plan_command": {"config", "errors", "estimate", "gpus", "model_shapes"},
     "self_check": {"attention", "errors", "forward", "groups", "model", "packing"},
 }
+# A host's trainer is the caller of a step, like `trainer`: it may not reach past it into kernels,
+# autograd functions or the loop.
+INTEGRATIONS = {
+    "trl": LEAVES | {"groups", "model", "ops", "step"},
+    "padded": {"groups", "live", "loss_config"},
+}
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
 ENDS = {"cli", "trainer"}
@@ -163,6 +169,24 @@ def test_import_arrows_of_grpo_fast(path):
         assert name in TRANSFORMERS, f"{name} touches transformers"
 
 
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_import_arrows_of_integrations(name):
+    path = ROOT / f"grpo_fast/integrations/{name}.py"
+    above = {module.partition(".")[0] for level, module in imports(path) if level == 2}
+    assert above <= INTEGRATIONS[name], f"{name} imports {above - INTEGRATIONS[name]}"
+    assert siblings(path) <= {"padded"}
+    assert not top_levels(path) & {"transformers", "grpo_kernels"}
+
+
+def test_every_integration_has_its_arrows():
+    files = {path.stem for path in python_files("grpo_fast/integrations")}
+    assert files == {"__init__", *INTEGRATIONS}
+    # Hosts are heavy, and nobody who does not ask for one may wait for it.
+    for path in python_files("grpo_fast"):
+        assert "integrations" not in siblings(path), path
+        assert not top_levels(path) & {"trl", "verl", "accelerate"}, path
+
+
 @pytest.mark.parametrize("folder", ["kernels", "grpo_fast", "bench", "examples", "tests"])
 def test_nobody_imports_hugging_face_s_kernels_or_the_tests(folder):
     for path in (ROOT / folder).rglob("*.py"):
@@ -209,7 +233,10 @@ def functions(path: Path):
             yield node
 
 
-@pytest.mark.parametrize("folder, budget", [("kernels", 500), ("grpo_fast", 400), ("bench", 400)])
+@pytest.mark.parametrize(
+    "folder, budget",
+    [("kernels", 500), ("grpo_fast", 400), ("grpo_fast/integrations", 400), ("bench", 400)],
+)
 def test_files_and_functions_stay_readable(folder, budget):
     for path in python_files(folder):
         length = len(path.read_text(encoding="utf-8").splitlines())

@@ -88,10 +88,12 @@ def test_snippets_run(code):
 
 def test_file_map_is_the_tree():
     named = set(re.findall(r"^\| `([a-z_/.]+)` \|", README, flags=re.MULTILINE))
-    files = {f"grpo_fast/{path.name}" for path in (ROOT / "grpo_fast").glob("*.py")}
-    assert {name for name in named if name.startswith("grpo_fast/")} == files - {
-        "grpo_fast/__init__.py"
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "grpo_fast").rglob("*.py")
+        if path.stem != "__init__"
     }
+    assert {name for name in named if name.startswith("grpo_fast/")} == files
     assert all((ROOT / name).exists() for name in named)
 
 
