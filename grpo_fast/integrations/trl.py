@@ -341,7 +341,9 @@ def _not_at_all(trainer: Host) -> str | None:
             trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         ),
         "fp16 scales the loss, use bf16": accelerator.scaler is not None,
-        "an auxiliary loss of the experts' router is added": trainer.aux_loss_enabled,
+        "an auxiliary loss of the experts' router is added": getattr(
+            trainer, "aux_loss_enabled", False
+        ),
         "a model that sees images": getattr(trainer, "_is_vlm", False),
         "torch_compile holds the whole model": args.torch_compile,
         # Up to TRL 1.13 the whole loss is Liger's, afterwards only layers are.
