@@ -117,6 +117,7 @@ def assert_same_training(folder, *, depth="packed", **options):
     "options",
     [
         {"loss_type": "grpo"},
+        {"loss_type": "grpo", "gradient_accumulation_steps": 2},
         {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
         {"loss_type": "dapo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2},
@@ -243,7 +244,7 @@ def test_a_group_without_a_difference_still_is_measured(folder, monkeypatch):
     monkeypatch.setitem(
         globals(), "reward", lambda completion_ids, **_: [1.0] * len(completion_ids)
     )
-    theirs, _ = assert_same_training(folder, weight_decay=0.1)
+    theirs, _ = assert_same_training(folder, weight_decay=5.0)
     assert theirs.state.log_history[0]["frac_reward_zero_std"] == 1.0
     assert theirs.state.log_history[0]["entropy"] > 1.0
 
