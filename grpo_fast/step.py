@@ -48,6 +48,8 @@ def grpo_backward(
     share_prompts: Sharing = "auto",
     chunking: Chunking = "auto",
     checkpointing: Checkpointing = "auto",
+    denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
     attention: str = "auto",
     impl: str = "auto",
 ) -> StepOutput:
@@ -63,10 +65,12 @@ def grpo_backward(
     group; `on` does so with every group that shares; `off` forwards the prompt again in every row.
     Completions that teach nothing are not forwarded (advantage 0 where nothing else makes a
     gradient, or fully masked; `LossConfig.skip_zero_advantage`) and still count in the normaliser,
-    which is that of all groups together. `checkpointing`: `on` computes every layer again in the
-    backward instead of keeping it, `offload` also keeps what enters a layer in CPU memory, `off`
-    keeps everything, `auto` is the first of off, on and offload that should fit (`plan_memory`
-    measures instead). `attention`: a backend of `attention_choice`, `impl`: of the loss.
+    which is that of all groups together, or `denominator` and `entropy_denominator` as in
+    `linear_grpo_loss`, so that calls over parts of a step add up to it. `checkpointing`: `on`
+    computes every layer again in the backward instead of keeping it, `offload` also keeps what
+    enters a layer in CPU memory, `off` keeps everything, `auto` is the first of off, on and offload
+    that should fit (`plan_memory` measures instead). `attention`: a backend of `attention_choice`,
+    `impl`: of the loss.
 
     model: a causal language model of transformers, or a peft LoRA model around one. Raises
     InputError for groups that do not fit together, ConfigError for a budget below the longest
@@ -85,7 +89,11 @@ def grpo_backward(
         window=window_of(model),
     )
     tokens = group_tokens(groups)
-    denominators = step_denominators(groups, tokens, loss)
+    if denominator is None or entropy_denominator is None:
+        known = step_denominators(groups, tokens, loss)
+        denominator = known[0] if denominator is None else denominator
+        entropy_denominator = known[1] if entropy_denominator is None else entropy_denominator
+    denominators = (denominator, entropy_denominator)
     layer = head(model)
     total = torch.zeros((), device=device)
     rows: list[Row] = []
@@ -120,7 +128,7 @@ def _row_loss(
     layer: Head,
     row: Row,
     loss: LossConfig,
-    denominators: tuple[float, float],
+    denominators: tuple[float | Tensor, float | Tensor],
     impl: str,
 ) -> LossOutput:
     return linear_grpo_loss(
@@ -145,7 +153,6 @@ def _row_loss(
     )
 
 
-@torch.no_grad()
 def group_logprobs(
     model,
     groups: Sequence[Group],
@@ -163,6 +170,33 @@ def group_logprobs(
     Packed, shared and cut like `grpo_backward`, but every completion is forwarded. For the
     reference policy of a LoRA run call it within `model.disable_adapter()`.
     """
+    options = {"share_prompts": share_prompts, "chunking": chunking, "attention": attention}
+    return group_measures(
+        model, groups, temperature=temperature, token_budget=token_budget, impl=impl, **options
+    ).logprobs
+
+
+class GroupMeasures(NamedTuple):
+    logprobs: list[Tensor]
+    """One tensor a completion, in group order."""
+    entropy: list[Tensor] | None
+    """Likewise, nats; None unless asked for."""
+
+
+@torch.no_grad()
+def group_measures(
+    model,
+    groups: Sequence[Group],
+    *,
+    temperature: float,
+    return_entropy: bool = False,
+    token_budget: int | None = None,
+    share_prompts: Sharing = "auto",
+    chunking: Chunking = "auto",
+    attention: str = "auto",
+    impl: str = "auto",
+) -> GroupMeasures:
+    """`group_logprobs`, and the entropy of every token."""
     device = next(model.parameters()).device
     if token_budget is None:
         token_budget = group_budget(groups, device)
@@ -175,7 +209,7 @@ def group_logprobs(
         window=window_of(model),
     )
     layer = head(model)
-    rows, values = [], []
+    rows, logprobs, entropies = [], [], []
     check_once(model, groups, packing, attention)
     with using_packed_attention(model):
         tokens = group_tokens(groups)
@@ -188,11 +222,14 @@ def group_logprobs(
                 softcap=layer.softcap,
                 logit_scale=layer.logit_scale,
                 temperature=temperature,
+                return_entropy=return_entropy,
                 impl=impl,
             )
             rows.append(row)
-            values.append(output.logprobs)
-    return per_completion(groups, packing, rows, values, device)
+            logprobs.append(output.logprobs)
+            entropies.append(output.entropy)
+    entropy = per_completion(groups, packing, rows, entropies, device) if return_entropy else None
+    return GroupMeasures(per_completion(groups, packing, rows, logprobs, device), entropy)
 
 
 def group_tokens(groups: Sequence[Group]) -> list[int]:

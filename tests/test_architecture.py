@@ -128,6 +128,9 @@ ADAPTERS = {
     "verl": LEAVES | {"objective", "ops", "presets"},
     "openrlhf": LEAVES | {"model", "objective", "ops"},
     "open_instruct": LEAVES | {"model", "objective", "ops"},
+    # A host's trainer is the caller of a step, like `trainer`.
+    "trl": LEAVES | {"groups", "model", "ops", "step"},
+    "padded": {"groups", "live", "loss_config"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
@@ -185,9 +188,20 @@ def test_import_arrows_of_the_adapters(name):
     path = ROOT / f"grpo_fast/integrations/{name}.py"
     ours = {module.partition(".")[0] for level, module in imports(path) if level == 2}
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
-    assert siblings(path) <= {"hosts", "logprobs"} - {name}
-    # A host is imported by name, when it is asked for.
-    assert top_levels(path) <= {"torch"} | sys.stdlib_module_names
+    assert siblings(path) <= {"hosts", "logprobs", "padded"} - {name}
+    # A host is imported by name, when it is asked for; TRL's is a base class.
+    host = {"trl"} & {name}
+    assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names
+
+
+def test_every_adapter_has_its_arrows():
+    files = {path.stem for path in python_files("grpo_fast/integrations")}
+    assert files == {"__init__", *ADAPTERS}
+    # Hosts are heavy, and nobody who does not ask for one may wait for it.
+    for path in python_files("grpo_fast"):
+        assert "integrations" not in siblings(path), path
+        assert not top_levels(path) & {"verl", "accelerate"}, path
+        assert "trl" not in top_levels(path) or path.stem == "trl", path
 
 
 @pytest.mark.parametrize("folder", ["kernels", "grpo_fast", "bench", "examples", "tests"])

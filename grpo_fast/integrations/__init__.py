@@ -1,1 +1,2 @@
-"""grpo-fast inside other trainers, one module a host; importing one imports no host."""
+"""grpo-fast inside other trainers, one module a host: `trl` imports its host, the others do when
+`register()` is called."""

@@ -1,0 +1,331 @@
+"""TRL's trainer and the drop-in from one seed: the same losses, gradients, metrics and weights."""
+
+import logging
+import math
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+# Puts the hosts onto the path.
+from grpo_bench.hosts import PEERS
+from grpo_fast.errors import ConfigError, InputError
+from grpo_fast.tiny import save_tiny, tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+# float32 rounding, through a few steps of the optimizer.
+RELATIVE, ABSOLUTE = 2e-5, 2e-6
+CLOCKS = ("_time", "_runtime", "_per_second")
+TWO_ITERATIONS = {"num_iterations": 2, "steps_per_generation": 1, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_tiny(path)
+    return path
+
+
+def reward(completion_ids, **columns):
+    """Of token ids; no answer for some, and the same for all of a group now and then."""
+    return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
+
+
+def host_class():
+    from trl import GRPOTrainer
+
+    return GRPOTrainer
+
+
+def drop_in():
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    return GRPOTrainer
+
+
+def trainer_of(kind, folder, *, peft_config=None, rollout_func=None, adjust=None, **options):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    options = {
+        "output_dir": str(folder / "unused"),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "seed": 1,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **options,
+    }
+    prompts = Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4})
+    trainer = kind(
+        str(folder),
+        reward,
+        GRPOConfig(**options),
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(4)),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+        **({} if rollout_func is None else {"rollout_func": rollout_func}),
+    )
+    if adjust is not None:
+        adjust(trainer)
+    return trainer
+
+
+def trained(kind, folder, **options):
+    trainer = trainer_of(kind, folder, **options)
+    trainer.train()
+    return trainer
+
+
+def assert_same_training(folder, *, depth="packed", **options):
+    """Whole logs, metric by metric, and the weights at the end."""
+    theirs = trained(host_class(), folder, **options)
+    ours = trained(drop_in(), folder, **options)
+    assert ours._taken == depth
+    assert len(theirs.state.log_history) == len(ours.state.log_history)
+    for expected, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            if name.endswith(CLOCKS):
+                continue
+            same = value == found[name] or math.isclose(
+                found[name], value, rel_tol=RELATIVE, abs_tol=ABSOLUTE
+            )
+            assert same, f"step {expected['step']}: {name} {found[name]}, TRL has {value}"
+    weights = dict(theirs.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], rtol=1e-3, atol=1e-4)
+    return theirs, ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "grpo", "gradient_accumulation_steps": 2},
+        {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+        {"loss_type": "dapo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo", **TWO_ITERATIONS},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", **TWO_ITERATIONS},
+        {"loss_type": "vespo", **TWO_ITERATIONS},
+        {"loss_type": "grpo", "beta": 0.04},
+        {"loss_type": "dapo", "beta": 0.04, **TWO_ITERATIONS},
+        {"loss_type": "vespo", "beta": 0.04, **TWO_ITERATIONS},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", **TWO_ITERATIONS},
+        {"loss_type": "grpo", "delta": 1.3, "epsilon": 0.01, **TWO_ITERATIONS},
+        {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "none"},
+        {"temperature": 0.7, **TWO_ITERATIONS},
+        {"loss_type": "grpo", "mask_truncated_completions": True},
+        {"loss_type": "dapo", "mask_truncated_completions": True},
+        {"entropy_coef": 0.1, "gradient_accumulation_steps": 2},
+        {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 5.0},
+        {"off_policy_mask_threshold": 0.0, **TWO_ITERATIONS},
+        {"gradient_checkpointing": True},
+        {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_training_is_trl_s(folder, options):
+    assert_same_training(folder, **options)
+
+
+def test_twenty_steps_are_trl_s(folder):
+    assert_same_training(folder, max_steps=20, learning_rate=1e-3, beta=0.04)
+
+
+@pytest.mark.parametrize("options", [{"entropy_coef": 0.1}, {"loss_type": "grpo", "beta": 0.04}])
+def test_a_quantile_of_the_micro_batch_takes_the_fused_loss_alone(folder, options):
+    options |= {"top_entropy_quantile": 0.3, "gradient_accumulation_steps": 2}
+    assert_same_training(folder, depth="fused", **options)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "sapo", "luspo", "vespo"])
+def test_the_fused_loss_alone_is_trl_s(folder, monkeypatch, loss_type):
+    monkeypatch.setattr(drop_in(), "depth", "fused")
+    options = TWO_ITERATIONS | {"loss_type": loss_type, "beta": 0.04}
+    options["mask_truncated_completions"] = True
+    assert_same_training(folder, depth="fused", **options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_adapters_train_as_with_trl(folder, beta):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    _, ours = assert_same_training(folder, peft_config=config, beta=beta, **TWO_ITERATIONS)
+    assert all("lora" in name for name, x in ours.model.named_parameters() if x.requires_grad)
+
+
+def rollout(prompts, trainer):
+    """Completions of some length with words of an environment in them, and what the sampler said
+    of each token; one that it did not score."""
+    source = torch.Generator().manual_seed(trainer.state.global_step)
+    encoded = trainer.processing_class(prompts)["input_ids"]
+    completions, masks, logprobs = [], [], []
+    for k, _ in enumerate(prompts):
+        length = int(torch.randint(2, 9, (1,), generator=source))
+        completions.append(torch.randint(3, 40, (length,), generator=source).tolist())
+        masks.append([int(t != 1 and k != 3) for t in range(length)])
+        noise = 0.2 * torch.randn(length, generator=source)
+        logprobs.append((noise - 3.9).tolist())
+    logprobs[0][0] = math.nan
+    return {
+        "prompt_ids": encoded,
+        "completion_ids": completions,
+        "logprobs": logprobs,
+        "env_mask": masks,
+    }
+
+
+def with_sampler(**options):
+    """The trainer believes in vLLM from here on, whose log-probs the rollout hands over."""
+
+    def adjust(trainer):
+        trainer.use_vllm = trainer.args.use_vllm = True
+        trainer._last_loaded_step = trainer.state.global_step
+        trainer.vllm_generation = types.SimpleNamespace(sync_weights=lambda: None)
+        for name, value in options.items():
+            setattr(trainer, name, value)
+            setattr(trainer.args, name, value)
+        if hasattr(trainer, "_decide"):
+            trainer._taken = trainer._decide()
+
+    return adjust
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+def test_tokens_of_tools_are_masked_as_in_trl(folder, loss_type):
+    assert_same_training(
+        folder, rollout_func=rollout, loss_type=loss_type, beta=0.04, **TWO_ITERATIONS
+    )
+
+
+@pytest.mark.parametrize(
+    "loss_type, mode",
+    [
+        ("dapo", "token_truncate"),
+        ("dapo", "token_mask"),
+        ("grpo", "sequence_truncate"),
+        ("grpo", "sequence_mask"),
+        ("vespo", "token_truncate"),
+    ],
+)
+def test_the_sampler_s_correction_is_trl_s(folder, loss_type, mode):
+    adjust = with_sampler(
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=1.2,
+        vllm_importance_sampling_clip_min=0.5,
+    )
+    theirs, _ = assert_same_training(
+        folder, rollout_func=rollout, adjust=adjust, loss_type=loss_type
+    )
+    assert "sampling/importance_sampling_ratio/mean" in theirs.state.log_history[0]
+
+
+def test_a_group_without_a_difference_still_is_measured(folder, monkeypatch):
+    monkeypatch.setitem(
+        globals(), "reward", lambda completion_ids, **_: [1.0] * len(completion_ids)
+    )
+    theirs, _ = assert_same_training(folder, weight_decay=5.0)
+    assert theirs.state.log_history[0]["frac_reward_zero_std"] == 1.0
+    assert theirs.state.log_history[0]["entropy"] > 1.0
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"loss_type": "cispo"}, "Set epsilon_high = 5.0"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 patches the head"),
+        ({"delta": 1.1}, "delta = 1.1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_taken_over_is_trl_s_and_one_line_says_so(folder, options, words, caplog):
+    caplog.set_level(logging.INFO, "grpo_fast")
+    assert_same_training(folder, depth="own", **options)
+    lines = [record.getMessage() for record in caplog.records if "TRL" in record.getMessage()]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_the_log_names_the_depth_once(folder, caplog):
+    caplog.set_level(logging.INFO, "grpo_fast")
+    trained(drop_in(), folder)
+    trained(drop_in(), folder, top_entropy_quantile=0.5)
+    lines = [record.getMessage() for record in caplog.records if "TRL" in record.getMessage()]
+    assert len(lines) == 2
+    assert "packed rows, shared prompts and the fused loss" in lines[0]
+    assert "top_entropy_quantile" in lines[1]
+
+
+def test_depth_own_turns_it_off(folder, monkeypatch):
+    monkeypatch.setattr(drop_in(), "depth", "own")
+    assert_same_training(folder, depth="own")
+
+
+def test_prompts_are_forwarded_once(folder, monkeypatch):
+    """Otherwise all of the above could be TRL's own code."""
+    import grpo_fast.integrations.trl as integration
+
+    seen = []
+
+    def spied(model, groups, **options):
+        seen.append(groups)
+        return original(model, groups, **options)
+
+    original = integration.grpo_backward
+    monkeypatch.setattr(integration, "grpo_backward", spied)
+    trained(drop_in(), folder, max_steps=1)
+    ((first, second),) = seen
+    assert [len(first.completion_ids), len(second.completion_ids)] == [4, 4]
+
+
+def test_a_loss_that_is_scaled_afterwards_is_an_error(folder):
+    trainer = trainer_of(drop_in(), folder)
+    backward = trainer.accelerator.backward
+    trainer.accelerator.backward = lambda loss, **more: backward(loss * 0.5, **more)
+    with pytest.raises(InputError, match="multiplied by 0.5 after compute_loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("version", ["1.8.2", "2.0.0", "0.29.1"])
+def test_other_versions_of_trl_are_refused(monkeypatch, version):
+    import trl
+
+    from grpo_fast.integrations.trl import _host
+
+    monkeypatch.setattr(trl, "__version__", version)
+    words = f"trl is {version}, grpo_fast.integrations.trl is written for trl >= 1.9, < 2"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        _host()
+
+
+def test_without_trl_the_error_says_what_to_install(monkeypatch):
+    from grpo_fast.integrations.trl import _host
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ConfigError, match=re.escape("pip install 'trl>=1.9,<2'")):
+        _host()
+
+
+def test_the_host_is_the_installed_one():
+    assert issubclass(drop_in(), host_class())
+    assert PEERS.is_dir()
