@@ -41,6 +41,8 @@ LOGPROBS = {
     "sampling_per_token_logps": "sampler_logprobs",
 }
 PADDED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+# A config of rotary positions, for which it does not matter where a row starts, has one of them.
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
 SEQUENCE_SUMS = ("grpo", "sapo", "luspo")
 
 log = logging.getLogger("grpo_fast")
@@ -142,6 +144,8 @@ class GRPOTrainer(Host):
     def _not_packed(self, model) -> str | None:
         if self._loss.top_entropy_quantile < 1:
             return "top_entropy_quantile is one quantile of all rows together"
+        if not any(hasattr(model.config.get_text_config(), name) for name in ROTARY):
+            return "its positions are absolute, and TRL counts padding in them"
         try:
             with _training(model), self._forward():
                 for share in ("on", "off"):

@@ -276,6 +276,25 @@ def test_the_log_names_the_depth_once(folder, caplog):
     assert "top_entropy_quantile" in lines[1]
 
 
+def test_absolute_positions_are_not_packed(tmp_path, caplog):
+    """TRL counts padding on the left in them, so a packed row would be another model's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    caplog.set_level(logging.INFO, "grpo_fast")
+    tokenizer = tiny_tokenizer()
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1, **size
+        )
+    )
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert_same_training(tmp_path, depth="fused")
+    assert "its positions are absolute" in caplog.text
+
+
 def test_depth_own_turns_it_off(folder, monkeypatch):
     monkeypatch.setattr(drop_in(), "depth", "own")
     assert_same_training(folder, depth="own")
