@@ -48,7 +48,7 @@ def no_signal(run: History, limits: Limits) -> Seen | None:
 
 def small_group(run: History, limits: Limits) -> Seen | None:
     own, size = limits["R2"], run.options.get("group_size")
-    if not isinstance(size, int) or size >= own["least"] or run.identical:
+    if not isinstance(size, int) or size >= own["least"]:
         return None
     p, dead = run.mean("reward", WINDOW), run.mean("frac_reward_zero_std", WINDOW)
     evidence, change = f"group_size {size}", f"at least {own['least']:.0f}"
@@ -65,7 +65,7 @@ def small_group(run: History, limits: Limits) -> Seen | None:
     if size <= 2:
         return Seen("warning", f"{evidence}; with 2 an advantage is +-0.71 at any gap", "", change)
     # Far more dead groups than chance makes come from the prompts, and no group size mends them.
-    if not (0 < p < 1 and own["dead"] < dead <= expected + own["excess"]):
+    if run.identical or not (0 < p < 1 and own["dead"] < dead <= expected + own["excess"]):
         return None
     return Seen("error" if dead > own["error"] else "warning", evidence, "", change)
 

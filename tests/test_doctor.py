@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from grpo_fast import doctor_command
+from grpo_fast import doctor_command, train
 from grpo_fast.cli import main
 from grpo_fast.config import TrainConfig
 from grpo_fast.doctor import Doctor, diagnose, ranges
@@ -25,6 +25,7 @@ from grpo_fast.history import Series
 from grpo_fast.loss_config import LossConfig
 from grpo_fast.report import write_report
 from grpo_fast.reward_checks import all_equal, needed_group
+from grpo_fast.tiny import save_tiny
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs/doctor.py"
 SEEDS = range(20)
@@ -739,6 +740,34 @@ def test_the_page_shows_findings_above_the_charts_and_escapes_them(tmp_path):
     assert page.index(found.change) < page.index("How it went")
     assert "&lt;b&gt;x&lt;/b&gt;" in page
     assert "<b>x</b>" not in page
+
+
+def test_training_says_a_finding_once_and_a_resumed_run_does_not_say_it_again(tmp_path, capsys):
+    save_tiny(tmp_path / "model")
+    prompts = [{"prompt": a + b} for a in "abcd" for b in "abcd"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **columns):\n    return [len(text) / 9 for text in completions]\n"
+    )
+    config = TrainConfig(
+        model=str(tmp_path / "model"),
+        dataset=str(tmp_path / "data.jsonl"),
+        reward=(f"{tmp_path}/rewards.py:length",),
+        output_dir=str(tmp_path / "run"),
+        prompts_per_step=2,
+        group_size=2,
+        max_completion_length=4,
+        eval_prompts=2,
+        max_steps=3,
+        device="cpu",
+    )
+    train(config)
+    said = [line for line in capsys.readouterr().out.splitlines() if " R2 " in line]
+    assert len(said) == 1
+    assert said[0].startswith("warning R2 group too small at step 1: group_size 2")
+    assert "| group_size (TRL: num_generations): " in said[0]
+    train(dataclasses.replace(config, resume=True, max_steps=4))
+    assert " R2 " not in capsys.readouterr().out
 
 
 def test_the_limits_of_a_call_are_its_own():
