@@ -31,8 +31,9 @@ from ..ops import linear_grpo_loss
 from ..step import group_measures, grpo_backward
 from .padded import dead_groups, grouped, spread
 
-OLDEST, TOO_NEW = (1, 9), (2, 0)
-SUPPORTED = "trl >= 1.9, < 2"
+# What 1.9 divides by is not what 1.16 does: other releases would train with other numbers.
+OLDEST, TOO_NEW = (1, 16), (1, 17)
+SUPPORTED = "trl >= 1.16, < 1.17"
 Depth = Literal["packed", "fused", "own"]
 # Inputs of `_compute_loss` by the names that the loss has for them.
 LOGPROBS = {

@@ -325,14 +325,14 @@ def test_a_loss_that_is_scaled_afterwards_is_an_error(folder):
         trainer.train()
 
 
-@pytest.mark.parametrize("version", ["1.8.2", "2.0.0", "0.29.1"])
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0", "0.29.1"])
 def test_other_versions_of_trl_are_refused(monkeypatch, version):
     import trl
 
     from grpo_fast.integrations.trl import _host
 
     monkeypatch.setattr(trl, "__version__", version)
-    words = f"trl is {version}, grpo_fast.integrations.trl is written for trl >= 1.9, < 2"
+    words = f"trl is {version}, grpo_fast.integrations.trl is written for trl >= 1.16, < 1.17"
     with pytest.raises(ConfigError, match=re.escape(words)):
         _host()
 
@@ -341,7 +341,7 @@ def test_without_trl_the_error_says_what_to_install(monkeypatch):
     from grpo_fast.integrations.trl import _host
 
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'trl>=1.9,<2'")):
+    with pytest.raises(ConfigError, match=re.escape("pip install 'trl>=1.16,<1.17'")):
         _host()
 
 
