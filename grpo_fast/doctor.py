@@ -47,7 +47,7 @@ _SHOWS = {
 
 @dataclass(slots=True)
 class Finding:
-    """What one rule said of a run: its worst sight, and every step it was seen in."""
+    """What one rule said of a run: its worst sight, and every step of that severity."""
 
     rule: Rule
     seen: Seen
@@ -135,9 +135,12 @@ class Doctor:
             worse = found is None or _rank(seen.severity) > _rank(found.severity)
             if found is None:
                 found = self.findings[rule.id] = Finding(rule, seen)
-            elif not _rank(seen.severity) < _rank(found.severity):
+            elif worse:
+                # What was seen of a lower severity is not evidence of this one.
+                found.steps.clear()
+            if seen.severity == found.severity or worse:
                 found.seen = seen
-            found.steps.append(row["step"])
+                found.steps.append(row["step"])
             if worse:
                 new.append(found)
         return new

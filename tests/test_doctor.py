@@ -787,3 +787,13 @@ def test_docs_have_the_rules_limits_and_the_measured_matrix():
     spec.loader.exec_module(script)
     hint = "write it again: .venv/bin/python docs/doctor.py"
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), hint
+
+
+def test_steps_are_those_of_the_severity_that_is_named():
+    rows = healthy(0, 60)
+    for row in rows[20:]:
+        row["completions/clipped_ratio"] = 0.2 if row["step"] < 40 else 0.9
+    found = diagnose(rows, CONFIG).findings["R9"]
+    assert found.severity == "error"
+    assert 40 <= found.steps[0] < 50
+    assert found.steps[-1] == rows[-1]["step"]
