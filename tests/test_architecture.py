@@ -130,6 +130,7 @@ ADAPTERS = {
     "open_instruct": LEAVES | {"model", "objective", "ops"},
     # A host's trainer is the caller of a step, like `trainer`.
     "trl": LEAVES | {"groups", "model", "ops", "step"},
+    "trl_head": {"autograd", "chunked", "errors", "implementation", "products"},
     "padded": {"groups", "live", "loss_config"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
