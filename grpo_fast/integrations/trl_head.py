@@ -43,7 +43,10 @@ def unregister() -> None:
 
 @contextlib.contextmanager
 def exchanged() -> Iterator[None]:
-    """TRL's forwards of this block score their tokens here; nothing is left behind."""
+    """TRL's forwards of this block score their tokens here, unless there is a `why_not`."""
+    if why_not() is not None:
+        yield
+        return
     utils = _module()
     before = getattr(utils, NAME)
     setattr(utils, NAME, ChunkedLogProb)
@@ -102,6 +105,11 @@ class ChunkedLogProb(torch.autograd.Function):
     log-probs and entropy differentiable in all three. Autocast rounds hidden states as it does
     for a product. chunk_size changes nothing: `chunked.chunks` says how rows are cut.
     """
+
+    @classmethod
+    @torch.compiler.disable  # it cuts rows by their number: a graph would be of one length
+    def apply(cls, *arguments):
+        return super().apply(*arguments)
 
     @staticmethod
     def forward(
