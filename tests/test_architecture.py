@@ -129,9 +129,14 @@ ADAPTERS = {
     "openrlhf": LEAVES | {"model", "objective", "ops"},
     "open_instruct": LEAVES | {"model", "objective", "ops"},
     # A host's trainer is the caller of a step, like `trainer`.
-    "trl": LEAVES | {"groups", "model", "ops", "step"},
+    "trl": LEAVES | {"model", "ops", "step"},
+    "trl_depths": LEAVES | {"groups", "model", "step"},
+    "trl_head": {"autograd", "chunked", "errors", "implementation", "products"},
     "padded": {"groups", "live", "loss_config"},
+    "gradients": {"errors"},
 }
+# What adapters share, and what TRL's is made of.
+SHARED = {"gradients", "hosts", "logprobs", "padded", "trl_depths", "trl_head"}
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
 ENDS = {"cli", "trainer"}
@@ -188,7 +193,7 @@ def test_import_arrows_of_the_adapters(name):
     path = ROOT / f"grpo_fast/integrations/{name}.py"
     ours = {module.partition(".")[0] for level, module in imports(path) if level == 2}
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
-    assert siblings(path) <= {"hosts", "logprobs", "padded"} - {name}
+    assert siblings(path) <= SHARED - {name}
     # A host is imported by name, when it is asked for; TRL's is a base class.
     host = {"trl"} & {name}
     assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names

@@ -5,10 +5,12 @@ How deep that goes is decided once, for the model and the config, and logged in 
     packed   rows without padding, a prompt once for its completions, the fused loss; also the
              passes for old and reference log-probs
     fused    the fused loss on hidden states of TRL's own padded batch
+    kernel   TRL's loss on log-probs that are computed here, `trl_head`
     own      nothing: TRL's code as it is
 
 Generation, rewards, advantages, optimizer and every metric stay TRL's lines: its `_compute_loss` is
-called with log-probs that are known already, for what it logs and remembers.
+called with log-probs that are known already, for what it logs and remembers. Several processes of
+DDP average their gradients once an optimizer step, when all of them have all of theirs.
 
 Shapes: `B` rows of a micro-batch, `P` and `C` padded length of prompts and completions.
 """
@@ -17,24 +19,24 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, GrpoFastError, InputError
-from ..groups import Group
+from ..errors import ConfigError
 from ..loss_config import LossConfig
 from ..model import check_head, head, hidden_states
 from ..ops import linear_grpo_loss
 from ..step import group_measures, grpo_backward
+from . import trl_head
+from .gradients import average_gradients, delivered, whole_or_none, zero_gradients
 from .padded import dead_groups, grouped, spread
+from .trl_depths import DEPTHS, Depth, not_at_all, not_fused, not_packed, replicated
 
 # What 1.9 divides by is not what 1.16 does: other releases would train with other numbers.
 OLDEST, TOO_NEW = (1, 16), (1, 17)
 SUPPORTED = "trl >= 1.16, < 1.17"
-Depth = Literal["packed", "fused", "own"]
 # Inputs of `_compute_loss` by the names that the loss has for them.
 LOGPROBS = {
     "old_per_token_logps": "old_logprobs",
@@ -42,8 +44,8 @@ LOGPROBS = {
     "sampling_per_token_logps": "sampler_logprobs",
 }
 PADDED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-# A config of rotary positions, for which it does not matter where a row starts, has one of them.
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
+# What TRL's profiler calls the pass of the policy, which here may be made elsewhere.
+POLICY_PASS = "_get_per_token_logps_and_entropies"
 SEQUENCE_SUMS = ("grpo", "sapo", "luspo")
 
 log = logging.getLogger("grpo_fast")
@@ -74,35 +76,13 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 TRL, Host = _host()
+from trl.extras.profiling import profiling_context  # noqa: E402 - after the host's own check
 
 
 class Denominators(NamedTuple):
     policy: float | Tensor
     entropy: float | None
     """None where the call counts the tokens that the bonus acts on."""
-
-
-class Delivered(torch.autograd.Function):
-    """`loss`, whose gradient was added to the parameters when it was made.
-
-    TRL calls `accelerator.backward(loss)` itself, which without a GradScaler and with TRL's own
-    accumulation multiplies by exactly 1. To carry the graph of all rows that far would take the
-    memory that cutting a micro-batch into rows saves, to carry gradients beside those that are
-    there a second copy of every parameter. So they are delivered, and a factor is refused.
-    """
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, anchor: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, dloss: Tensor):
-        if dloss != 1:
-            raise InputError(
-                f"the loss was multiplied by {float(dloss)} after compute_loss, and its gradients "
-                "are in the parameters: leave the loss as it is, or set GRPOTrainer.depth = 'fused'"
-            )
-        return None, None
 
 
 class GRPOTrainer(Host):
@@ -122,53 +102,64 @@ class GRPOTrainer(Host):
 
     def _decide(self) -> Depth:
         """The deepest way this model and config allow, and the one line about it."""
-        why = "depth = 'own' was asked for" if self.depth == "own" else _not_at_all(self)
-        if why is None:
+        if self.depth not in DEPTHS:
+            known = ", ".join(DEPTHS)
+            raise ConfigError(f"GRPOTrainer.depth = {self.depth!r} is not known: choose {known}")
+        for depth, found in (
+            ("own", self._not_at_all),
+            ("kernel", self._not_fused),
+            ("fused", self._not_packed),
+        ):
             try:
-                self._loss = LossConfig.from_trl(self.args)
-                model = self.accelerator.unwrap_model(self.model)
-                _check_layer(model)
-                check_head(model)
+                why = f"depth = '{depth}' was asked for" if self.depth == depth else found()
             except ConfigError as error:
                 why = str(error)
-        if why is not None:
-            log.warning("TRL %s trains by its own code: %s", TRL.__version__, why)
-            return "own"
-        why = "depth = 'fused' was asked for" if self.depth == "fused" else self._not_packed(model)
-        if why is not None:
-            text = "TRL %s with the fused loss on its padded rows, which are not packed: %s"
-            log.warning(text, TRL.__version__, why)
-            return "fused"
-        log.info("TRL %s with packed rows, shared prompts and the fused loss", TRL.__version__)
+            if why is None:
+                continue
+            if depth == "kernel" and (missing := trl_head.why_not()):
+                depth, why = "own", f"{why}, and {missing}"
+            log.warning("TRL %s, %s: %s", TRL.__version__, DEPTHS[depth], why)
+            return depth
+        log.info("TRL %s, %s", TRL.__version__, DEPTHS["packed"])
         return "packed"
 
-    def _not_packed(self, model) -> str | None:
-        if self._loss.top_entropy_quantile < 1:
-            return "top_entropy_quantile is one quantile of all rows together"
-        if not any(hasattr(model.config.get_text_config(), name) for name in ROTARY):
-            return "its positions are absolute, and TRL counts padding in them"
-        try:
-            with _training(model), self._forward():
-                for share in ("on", "off"):
-                    group_measures(model, [_probe(model)], temperature=1.0, share_prompts=share)
-        except GrpoFastError as error:
-            return str(error)
-        return None
+    def _not_at_all(self) -> str | None:
+        return not_at_all(self, self.accelerator.unwrap_model(self.model))
+
+    def _not_fused(self) -> str | None:
+        self._loss = LossConfig.from_trl(self.args)
+        why = not_fused(self, self._loss)
+        if why is None:
+            check_head(self.accelerator.unwrap_model(self.model))
+        return why
+
+    def _not_packed(self) -> str | None:
+        return not_packed(self.accelerator.unwrap_model(self.model), self._loss, self._forward)
 
     def _forward(self) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()
 
     def _depth_of(self, inputs: dict) -> Depth:
         """That of one micro-batch, which may hold what the model and config did not tell."""
-        if self._taken == "own":
-            return "own"
+        if self._taken in ("own", "kernel"):
+            return self._taken
         if any(name in inputs for name in ("num_images", "pixel_values")):
-            self._say("a micro-batch with images is left to TRL's own code")
-            return "own"
+            self._say("the loss of a micro-batch with images is TRL's own")
+            return "kernel"
         if self._taken == "packed" and inputs["advantages"].dim() > 1:
             self._say("a micro-batch with an advantage a token is not packed")
             return "fused"
         return self._taken
+
+    def _averages(self) -> bool:
+        """Whether the mean over processes is taken here, after DDP's hooks were passed by."""
+        return self._taken in ("packed", "fused") and replicated(self.accelerator)
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self._averages():
+            average_gradients(self.accelerator.unwrap_model(model).parameters())
+        return loss
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -177,12 +168,14 @@ class GRPOTrainer(Host):
 
     def _compute_loss(self, model, inputs):
         depth = self._depth_of(inputs)
-        if depth == "own" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return super()._compute_loss(model, inputs)
-        config, denominators = self._step_loss(inputs)
         network = self.accelerator.unwrap_model(model)
+        if depth in ("own", "kernel"):
+            return super()._compute_loss(network if self._averages() else model, inputs)
+        config, denominators = self._step_loss(inputs)
         make = self._packed if depth == "packed" else self._fused
-        with self._forward():
+        with profiling_context(self, POLICY_PASS), self._forward():
             loss, logps, entropy = make(network, inputs, config, denominators)
         # Where a token is no part of the loss, a ratio of 1: TRL takes exp before it masks.
         other = inputs.get("old_per_token_logps")
@@ -210,20 +203,22 @@ class GRPOTrainer(Host):
             return (*self._measured, None)
         foreign = any(value is not None and value is not False for value in more.values())
         if self._taken != "packed" or foreign or torch.is_grad_enabled():
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                **more,
-            )
+            ours = contextlib.nullcontext() if self._taken == "own" else trl_head.exchanged()
+            with ours:
+                return super()._get_per_token_logps_and_entropies(
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size,
+                    compute_entropy,
+                    **more,
+                )
         network = self.accelerator.unwrap_model(model)
         cut, given = input_ids.shape[1] - logits_to_keep, (input_ids, attention_mask)
         completions = input_ids[:, cut:]
         groups, rows = grouped(*(x[:, :cut] for x in given), completions, attention_mask[:, cut:])
-        with self._forward():
+        with profiling_context(self, POLICY_PASS), self._forward():
             found = group_measures(
                 network, groups, temperature=self.temperature, return_entropy=compute_entropy
             )
@@ -293,14 +288,15 @@ class GRPOTrainer(Host):
             advantages=inputs["advantages"],
             logprobs=known,
         )
-        output = grpo_backward(
-            model,
-            groups,
-            loss=config,
-            chunking=self._chunking(),
-            denominator=denominators.policy,
-            entropy_denominator=denominators.entropy,
-        )
+        with whole_or_none(model):
+            output = grpo_backward(
+                model,
+                groups,
+                loss=config,
+                chunking=self._chunking(),
+                denominator=denominators.policy,
+                entropy_denominator=denominators.entropy,
+            )
         # TRL's metrics are of every token, also of those that teach nothing.
         dead, places = dead_groups(groups, config)
         if dead:
@@ -310,11 +306,10 @@ class GRPOTrainer(Host):
                 for place, value in zip(places, found, strict=True):
                     values[place] = value
         if not output.metrics["batch/microbatches_per_step"]:
-            _zero_gradients(model)
-        anchor = torch.zeros((), device=output.loss.device, requires_grad=True)
+            zero_gradients(model)
         like = inputs["completion_ids"]
         logps, entropy = (spread(x, rows, like) for x in (output.logprobs, output.entropy))
-        return Delivered.apply(output.loss, anchor), logps, entropy
+        return delivered(output.loss), logps, entropy
 
     def _chunking(self) -> str:
         """Reentrant checkpointing keeps no graph for the gradient of a prompt that waits."""
@@ -326,62 +321,3 @@ def _mask(inputs: dict) -> Tensor:
     """[B, C]: the tokens in the loss."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _zero_gradients(model) -> None:
-    """What a backward of nothing leaves: an optimizer goes on with its momentum."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def _not_at_all(trainer: Host) -> str | None:
-    """Why nothing can be taken over, as far as trainer and config tell."""
-    accelerator, args = trainer.accelerator, trainer.args
-    reasons = {
-        f"{accelerator.num_processes} processes, and the update is of one": (
-            accelerator.num_processes > 1
-        ),
-        "DeepSpeed or FSDP hold the parameters": (
-            trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        ),
-        "fp16 scales the loss, use bf16": accelerator.scaler is not None,
-        "an auxiliary loss of the experts' router is added": getattr(
-            trainer, "aux_loss_enabled", False
-        ),
-        "a model that sees images": getattr(trainer, "_is_vlm", False),
-        "torch_compile holds the whole model": args.torch_compile,
-        # Up to TRL 1.13 the whole loss is Liger's, afterwards only layers are.
-        "use_liger_kernel brings a loss of its own": getattr(trainer, "use_liger_kernel", False),
-        "cast_lm_head_to_fp32 patches the head": args.cast_lm_head_to_fp32,
-        f"optim '{args.optim}' steps inside of the backward": (
-            any(word in str(args.optim) for word in ("lomo", "layerwise"))
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _check_layer(model) -> None:
-    """Raise ConfigError for a head that is more than the weights it shows."""
-    layer = head(model)
-    if not layer.weight.is_floating_point() or hasattr(layer.weight, "quant_state"):
-        raise ConfigError(f"the output head is quantised ({layer.weight.dtype})")
-
-
-def _probe(model) -> Group:
-    """Any few tokens: whether a model can be packed is seen on them."""
-    vocabulary = head(model).weight.shape[0]
-    ids = [token % vocabulary for token in range(1, 20)]
-    return Group(prompt_ids=ids[:8], completion_ids=[ids[8:14], ids[14:]], advantages=[0.0, 0.0])
-
-
-@contextlib.contextmanager
-def _training(model) -> Iterator[None]:
-    """As in a training step, dropout included, and without a trace of it."""
-    device, before = next(model.parameters()).device, model.training
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.train()
-        try:
-            yield
-        finally:
-            model.train(before)
