@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from ..model import check_head, head, hidden_states
 from ..ops import linear_grpo_loss
 from ..step import group_measures, grpo_backward
 from .padded import dead_groups, grouped, spread
+from .trl_versions import counts_padding, host, of_the_generation
 
-# What 1.9 divides by is not what 1.16 does: other releases would train with other numbers.
-OLDEST, TOO_NEW = (1, 16), (1, 17)
-SUPPORTED = "trl >= 1.16, < 1.17"
 Depth = Literal["packed", "fused", "own"]
 # Inputs of `_compute_loss` by the names that the loss has for them.
 LOGPROBS = {
@@ -49,36 +47,12 @@ SEQUENCE_SUMS = ("grpo", "sapo", "luspo")
 log = logging.getLogger("grpo_fast")
 
 
-def _host() -> tuple[Any, type]:
-    """The installed TRL, of a version that this file was written for."""
-    advice = f"pip install '{SUPPORTED.replace(' ', '')}'"
-    try:
-        import trl
-        from trl import GRPOTrainer
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"grpo_fast.integrations.trl needs {SUPPORTED}, which cannot be imported here "
-            f"({str(error).splitlines()[0]}): {advice}"
-        ) from error
-    if not OLDEST <= _numbers(trl.__version__) < TOO_NEW:
-        raise ConfigError(
-            f"trl is {trl.__version__}, grpo_fast.integrations.trl is written for {SUPPORTED}: "
-            f"{advice}, or take TRL's own GRPOTrainer"
-        )
-    return trl, GRPOTrainer
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
-
-
-TRL, Host = _host()
+TRL, Host = host()
 
 
 class Denominators(NamedTuple):
     policy: float | Tensor
-    entropy: float | None
+    entropy: float | Tensor | None
     """None where the call counts the tokens that the bonus acts on."""
 
 
@@ -236,6 +210,7 @@ class GRPOTrainer(Host):
         # Set where there is training: nothing is accumulated in an evaluation.
         steps = self.current_gradient_accumulation_steps if self.model.training else 1
         kind, rows = self._loss.loss_type, len(inputs["completion_ids"])
+        whole = of_the_generation(TRL.__version__, kind)
         if kind in SEQUENCE_SUMS:
             policy = rows * steps
         elif kind == "bnpo":
@@ -244,9 +219,11 @@ class GRPOTrainer(Host):
             policy = rows * self.max_completion_length * steps
         else:
             policy = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            if self.model.training:
+            if self.model.training and not whole:
                 # Counted over the generation batch, which may last for several optimizer steps.
                 policy = policy * steps / self.args.steps_per_generation
+        if whole:
+            return self._with_bonus(1), Denominators(policy, policy)
         entropy = tokens if self._loss.top_entropy_quantile == 1 else None
         return self._with_bonus(steps), Denominators(policy, entropy)
 
@@ -354,6 +331,9 @@ def _not_at_all(trainer: Host) -> str | None:
         # Up to TRL 1.13 the whole loss is Liger's, afterwards only layers are.
         "use_liger_kernel brings a loss of its own": getattr(trainer, "use_liger_kernel", False),
         "cast_lm_head_to_fp32 patches the head": args.cast_lm_head_to_fp32,
+        "luspo by token is a mean over padding too before 1.10": (
+            counts_padding(TRL.__version__, args)
+        ),
         f"optim '{args.optim}' steps inside of the backward": (
             any(word in str(args.optim) for word in ("lomo", "layerwise"))
         ),
