@@ -22,10 +22,15 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target .venv/torchao torchao
 	touch $@
 
+# A second release of TRL, for tests/integrations/test_trl_releases.py.
+.venv/.trl19: .venv/.peers tests/integrations/trl19.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/trl19 -r tests/integrations/trl19.txt
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/grpo-fast train --config examples/demo.yaml $(ARGS)
 
-test: .venv/.installed .venv/.peers .venv/.torchao
+test: .venv/.installed .venv/.peers .venv/.trl19 .venv/.torchao
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/.installed

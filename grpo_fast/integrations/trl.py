@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,8 @@ from . import trl_head
 from .gradients import average_gradients, delivered, whole_or_none, zero_gradients
 from .padded import dead_groups, grouped, spread
 from .trl_depths import DEPTHS, Depth, not_at_all, not_fused, not_packed, replicated
+from .trl_versions import counts_padding, host, of_the_generation
 
-# What 1.9 divides by is not what 1.16 does: other releases would train with other numbers.
-OLDEST, TOO_NEW = (1, 16), (1, 17)
-SUPPORTED = "trl >= 1.16, < 1.17"
 # Inputs of `_compute_loss` by the names that the loss has for them.
 LOGPROBS = {
     "old_per_token_logps": "old_logprobs",
@@ -51,37 +49,13 @@ SEQUENCE_SUMS = ("grpo", "sapo", "luspo")
 log = logging.getLogger("grpo_fast")
 
 
-def _host() -> tuple[Any, type]:
-    """The installed TRL, of a version that this file was written for."""
-    advice = f"pip install '{SUPPORTED.replace(' ', '')}'"
-    try:
-        import trl
-        from trl import GRPOTrainer
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"grpo_fast.integrations.trl needs {SUPPORTED}, which cannot be imported here "
-            f"({str(error).splitlines()[0]}): {advice}"
-        ) from error
-    if not OLDEST <= _numbers(trl.__version__) < TOO_NEW:
-        raise ConfigError(
-            f"trl is {trl.__version__}, grpo_fast.integrations.trl is written for {SUPPORTED}: "
-            f"{advice}, or take TRL's own GRPOTrainer"
-        )
-    return trl, GRPOTrainer
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
-
-
-TRL, Host = _host()
+TRL, Host = host()
 from trl.extras.profiling import profiling_context  # noqa: E402 - after the host's own check
 
 
 class Denominators(NamedTuple):
     policy: float | Tensor
-    entropy: float | None
+    entropy: float | Tensor | None
     """None where the call counts the tokens that the bonus acts on."""
 
 
@@ -128,6 +102,8 @@ class GRPOTrainer(Host):
 
     def _not_fused(self) -> str | None:
         self._loss = LossConfig.from_trl(self.args)
+        if counts_padding(TRL.__version__, self.args):
+            return "luspo by token is a mean over padding too before 1.10"
         why = not_fused(self, self._loss)
         if why is None:
             check_head(self.accelerator.unwrap_model(self.model))
@@ -203,8 +179,8 @@ class GRPOTrainer(Host):
             return (*self._measured, None)
         foreign = any(value is not None and value is not False for value in more.values())
         if self._taken != "packed" or foreign or torch.is_grad_enabled():
-            ours = contextlib.nullcontext() if self._taken == "own" else trl_head.exchanged()
-            with ours:
+            own = self._taken == "own" or trl_head.why_not() is not None
+            with contextlib.nullcontext() if own else trl_head.exchanged():
                 return super()._get_per_token_logps_and_entropies(
                     model,
                     input_ids,
@@ -231,6 +207,7 @@ class GRPOTrainer(Host):
         # Set where there is training: nothing is accumulated in an evaluation.
         steps = self.current_gradient_accumulation_steps if self.model.training else 1
         kind, rows = self._loss.loss_type, len(inputs["completion_ids"])
+        whole = of_the_generation(TRL.__version__, kind)
         if kind in SEQUENCE_SUMS:
             policy = rows * steps
         elif kind == "bnpo":
@@ -239,9 +216,11 @@ class GRPOTrainer(Host):
             policy = rows * self.max_completion_length * steps
         else:
             policy = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            if self.model.training:
+            if self.model.training and not whole:
                 # Counted over the generation batch, which may last for several optimizer steps.
                 policy = policy * steps / self.args.steps_per_generation
+        if whole:
+            return self._with_bonus(1), Denominators(policy, policy)
         entropy = tokens if self._loss.top_entropy_quantile == 1 else None
         return self._with_bonus(steps), Denominators(policy, entropy)
 

@@ -62,6 +62,7 @@ def why_not() -> str | None:
         utils = _module()
         if getattr(utils, NAME) is not ChunkedLogProb:
             _check_theirs(utils)
+            _exchange.check(getattr(utils, NAME), ChunkedLogProb, NAME)
     except ConfigError as error:
         return str(error)
     return None

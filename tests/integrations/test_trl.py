@@ -38,6 +38,13 @@ def reward(completion_ids, **columns):
     return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
 
 
+def release() -> tuple[int, int]:
+    """Of the TRL that is first on the path; tests/integrations/test_trl_releases.py has others."""
+    import trl
+
+    return tuple(int(part) for part in trl.__version__.split(".")[:2])
+
+
 def host_class():
     from trl import GRPOTrainer
 
@@ -71,6 +78,8 @@ def trainer_of(kind, folder, *, peft_config=None, rollout_func=None, adjust=None
         "disable_tqdm": True,
         **options,
     }
+    # Adapters begin at random, and before 1.10 TRL did not seed them.
+    torch.manual_seed(1)
     prompts = Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4})
     trainer = kind(
         str(folder),
@@ -164,7 +173,8 @@ def test_the_fused_loss_alone_is_trl_s(folder, monkeypatch, loss_type):
     monkeypatch.setattr(drop_in(), "depth", "fused")
     options = TWO_ITERATIONS | {"loss_type": loss_type, "beta": 0.04}
     options["mask_truncated_completions"] = True
-    assert_same_training(folder, depth="fused", **options)
+    over_padding = loss_type == "luspo" and release() < (1, 10)
+    assert_same_training(folder, depth="own" if over_padding else "fused", **options)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
@@ -187,7 +197,9 @@ def rollout(prompts, trainer):
         masks.append([int(t != 1 and k != 3) for t in range(length)])
         noise = 0.2 * torch.randn(length, generator=source)
         logprobs.append((noise - 3.9).tolist())
-    logprobs[0][0] = math.nan
+    # Up to 1.10 TRL's loss is NaN where a token was not scored.
+    if release() > (1, 10):
+        logprobs[0][0] = math.nan
     return {
         "prompt_ids": encoded,
         "completion_ids": completions,
@@ -490,24 +502,24 @@ def test_a_loss_that_is_scaled_afterwards_is_an_error(folder):
         trainer.train()
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0", "0.29.1"])
+@pytest.mark.parametrize("version", ["1.8.2", "1.17.0", "2.0.0", "0.29.1"])
 def test_other_versions_of_trl_are_refused(monkeypatch, version):
     import trl
 
-    from grpo_fast.integrations.trl import _host
+    from grpo_fast.integrations.trl_versions import host
 
     monkeypatch.setattr(trl, "__version__", version)
-    words = f"trl is {version}, grpo_fast.integrations.trl is written for trl >= 1.16, < 1.17"
+    words = f"trl is {version}, grpo_fast.integrations.trl is written for trl >= 1.9, < 1.17"
     with pytest.raises(ConfigError, match=re.escape(words)):
-        _host()
+        host()
 
 
 def test_without_trl_the_error_says_what_to_install(monkeypatch):
-    from grpo_fast.integrations.trl import _host
+    from grpo_fast.integrations.trl_versions import host
 
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'trl>=1.16,<1.17'")):
-        _host()
+    with pytest.raises(ConfigError, match=re.escape("pip install 'trl>=1.9,<1.17'")):
+        host()
 
 
 def test_the_host_is_the_installed_one():
