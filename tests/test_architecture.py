@@ -79,6 +79,7 @@ ALLOWED = {
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
     "token_log": {"errors"},
+    "records": {"errors", "runlog", "token_log"},
     "token_choice": set(),
     "token_columns": {
         "aggregation",
@@ -101,7 +102,7 @@ ALLOWED = {
         "token_columns",
         "token_log",
     },
-    "doctor_command": {"doctor", "doctor_rules", "errors", "history", "runlog"},
+    "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records", "runlog"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
     "collate": {"errors", "groups", "layout", "packing"},
