@@ -13,7 +13,8 @@ from .doctor import Doctor, diagnose
 from .doctor_rules import LIMITS, RULES
 from .errors import ConfigError, InputError, nearest
 from .history import SEVERITIES
-from .runlog import METRICS, read_completions, read_metrics, read_saved_config
+from .records import open_records
+from .runlog import METRICS
 
 SCHEMA = 1
 STATE = "trainer_state.json"
@@ -91,8 +92,8 @@ def read_run(path: Path) -> tuple[list[dict], dict[str, Any], list[dict], list[s
         if path.is_dir() and not (path / METRICS).is_file() and (path / STATE).is_file():
             path = path / STATE
         if path.is_dir():
-            rows, config = read_metrics(path), read_saved_config(path)
-            completions = read_completions(path)
+            records = open_records(path)
+            rows, config, completions = records.rows, records.config, records.completions
             log = path / METRICS
         elif path.is_file():
             rows, log = _foreign_rows(path), path

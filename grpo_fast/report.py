@@ -10,7 +10,7 @@ from .charts import charts, draw, finite, missing_matplotlib, short_number
 from .doctor import Doctor, diagnose, flat
 from .doctor_rules import RULES
 from .errors import InputError
-from .runlog import read_completions, read_metrics, read_saved_config
+from .records import open_records
 
 _MAX_TEXT = 4000
 
@@ -21,13 +21,12 @@ def write_report(run_dir: str | Path) -> Path:
     Raises InputError when the folder holds no run, or no step yet.
     """
     folder = Path(run_dir)
-    rows = read_metrics(folder)
+    records = open_records(folder)
+    rows, config, completions = records.rows, records.config, records.completions
     if not rows:
         raise InputError(f"{folder}/metrics.jsonl has no rows yet: wait for the first step")
-    config = read_saved_config(folder)
-    completions = read_completions(folder)
     page = _template().render(
-        name=folder.resolve().name,
+        name=records.name,
         headline=headline(rows),
         state=progress_state(rows, config),
         tiles=tiles(rows),
