@@ -1,4 +1,5 @@
-"""The run folder: config.json, metrics.jsonl, completions.jsonl, checkpoints/ and run.lock."""
+"""The run folder: config.json, metrics.jsonl, completions.jsonl, tokens/, checkpoints/ and
+run.lock."""
 
 import dataclasses
 import fcntl
@@ -13,16 +14,20 @@ from typing import IO, Any
 
 from .config import TrainConfig
 from .errors import ConfigError, InputError
+from .token_log import FOLDER as TOKENS
+from .token_log import TokenLog, truncate_tokens
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
+# Of the run folder; config.json says it. A folder of before there was one says nothing.
+SCHEMA = 1
 # Made once for a folder, the same for every run in it.
 BASE_MODEL = "base_model"
 # A folder that holds nothing else is ours to write in; an empty log is a run that never started.
-_OURS = {CONFIG, METRICS, COMPLETIONS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+_OURS = {CONFIG, METRICS, COMPLETIONS, TOKENS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
 
 
 class RunLog:
@@ -32,6 +37,8 @@ class RunLog:
     def __init__(self, folder: Path, config: TrainConfig, lock: IO[str]) -> None:
         self.folder = folder
         self.checkpoints = folder / CHECKPOINTS
+        self.tokens: TokenLog | None = None
+        """None before the run starts, and where `log_tokens_mb` is 0."""
         self._config = config
         self._lock = lock
         self._open: dict[str, IO[str]] = {}
@@ -59,6 +66,7 @@ class RunLog:
         put this config in config.json."""
         for name in (METRICS, COMPLETIONS):
             _cut(self.folder / name, step)
+        truncate_tokens(self.folder, step)
         self._begin()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -73,6 +81,9 @@ class RunLog:
     def _begin(self) -> None:
         _write_config(self.folder, self._config)
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
+        if self._config.log_tokens_mb:
+            budget, steps = self._config.log_tokens_mb, self._config.max_steps
+            self.tokens = TokenLog(self.folder, budget_mb=budget, max_steps=steps)
 
 
 def open_run(config: TrainConfig) -> RunLog:
@@ -94,6 +105,8 @@ def open_run(config: TrainConfig) -> RunLog:
             f"output_dir {folder} holds files that are no run ('{min(foreign)}'): choose "
             "another folder with --output-dir"
         )
+    if config.resume:
+        read_saved_config(folder)
     lock = _acquire(folder)
     if holds_run and not config.resume and config.existing == "refuse":
         _unlock(folder, lock)
@@ -107,11 +120,13 @@ def open_run(config: TrainConfig) -> RunLog:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, null as NaN; an unfinished last line is left out.
 
-    Raises InputError for a missing file, and naming file and line for a broken one.
+    Raises InputError for a missing file, for a run of another schema, and naming file and line for
+    a broken one.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         raise InputError(f"no run in {folder}: {METRICS} not found, expected a run's output_dir")
+    read_saved_config(folder)
     rows = _read_rows(path)
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
@@ -123,7 +138,10 @@ def read_completions(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_saved_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as a mapping, empty where there is none."""
+    """config.json as a mapping, empty where there is none.
+
+    Raises InputError for one that is broken, or of another schema.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         return {}
@@ -133,6 +151,11 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({error}): restore it, or remove it") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {type(values).__name__}, expected one object")
+    if values.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{path} has schema {values['schema']!r}, this version reads {SCHEMA}: "
+            "pip install -U grpo-fast"
+        )
     return values
 
 
@@ -228,7 +251,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:
-    values = dataclasses.asdict(config)
+    values = {"schema": SCHEMA, **dataclasses.asdict(config)}
     _write_atomically(folder / CONFIG, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
