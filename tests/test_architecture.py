@@ -85,6 +85,7 @@ ALLOWED = {
     "import_lines": {"errors", "metrics"},
     "import_trl": {"errors", "import_lines"},
     "import_verl": {"errors", "import_lines"},
+    "diff_command": {"doctor", "errors", "history", "records"},
     "records": {"errors", "import_lines", "import_trl", "import_verl", "runlog", "token_log"},
     "token_choice": set(),
     "token_columns": {
