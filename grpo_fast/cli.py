@@ -1,5 +1,5 @@
-"""Console script `grpo-fast`: train, demo, plan, report, doctor, bench, parity, env; options of
-train from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, doctor, diff, bench, parity, env; options
+of train from `TrainConfig`."""
 
 import contextlib
 import dataclasses
@@ -113,18 +113,29 @@ def plan_command(arguments: Sequence[str]) -> int:
 
 
 def report_command(arguments: Sequence[str]) -> int:
-    """write the report of a run, finished or not: RUN"""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ConfigError(f"report takes one run folder: {_PROGRAM} report runs/demo")
+    """write the report of a run, finished or not, of any trainer: RUN [--out FILE]"""
+    rest, out = list(arguments), None
+    if "--out" in rest[:-1]:
+        at = rest.index("--out")
+        _, out = rest.pop(at), rest.pop(at)
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ConfigError(f"report takes one run folder: {_PROGRAM} report runs/demo [--out FILE]")
     from .report import write_report
 
-    print(write_report(arguments[0]))
+    print(write_report(rest[0], out))
     return 0
 
 
 def doctor_command(arguments: Sequence[str]) -> int:
     """name what is wrong with a run and which option to change: RUN [--json ...]"""
     from .doctor_command import main
+
+    return main(arguments)
+
+
+def diff_command(arguments: Sequence[str]) -> int:
+    """say where two runs part: RUN_A RUN_B [--rtol X] [--json]"""
+    from .diff_command import main
 
     return main(arguments)
 
@@ -164,6 +175,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "report": report_command,
     "doctor": doctor_command,
+    "diff": diff_command,
     "bench": bench_command,
     "parity": parity_command,
     "env": env_command,

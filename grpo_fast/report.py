@@ -1,4 +1,4 @@
-"""A run as one page: metrics.jsonl, completions.jsonl and config.json in, report.html out."""
+"""A run as one page: the log of any trainer in, report.html out."""
 
 import json
 import statistics
@@ -15,18 +15,15 @@ from .records import open_records
 _MAX_TEXT = 4000
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report.html and return its path; works on a running or cut run too.
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, going on or cut ones too, and return its path: report.html in the
+    folder `run`, or beside the file, unless `out` is given.
 
-    Raises InputError when the folder holds no run, or no step yet.
+    Raises InputError where there is no run, or no step yet, or nothing can be written.
     """
-    folder = Path(run_dir)
-    records = open_records(folder)
-    rows, config, completions = records.rows, records.config, records.completions
-    if not rows:
-        raise InputError(f"{folder}/metrics.jsonl has no rows yet: wait for the first step")
+    name, rows, completions, config, *_ = open_records(run)
     page = _template().render(
-        name=records.name,
+        name=name,
         headline=headline(rows),
         state=progress_state(rows, config),
         tiles=tiles(rows),
@@ -36,10 +33,16 @@ def write_report(run_dir: str | Path) -> Path:
         samples=samples(completions),
         config={key: "" if value is None else value for key, value in flat(config).items()},
     )
-    path = folder / "report.html"
-    staging = folder / ".report.html.writing"
-    staging.write_bytes(page.encode("utf-8", errors="replace"))
-    staging.replace(path)
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    path = folder / "report.html" if out is None else Path(out)
+    staging = path.with_name(f".{path.name}.writing")
+    try:
+        staging.write_bytes(page.encode("utf-8", errors="replace"))
+        staging.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): choose a file with --out"
+        ) from None
     return path
 
 

@@ -79,7 +79,14 @@ ALLOWED = {
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
     "token_log": {"errors"},
-    "records": {"errors", "runlog", "token_log"},
+    "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records"},
+    # A log of whoever is read without torch, too; of the trainer's metrics only the arithmetic.
+    "metrics": {"rollout", "token_choice"},
+    "import_lines": {"errors", "metrics"},
+    "import_trl": {"errors", "import_lines"},
+    "import_verl": {"errors", "import_lines"},
+    "diff_command": {"doctor", "errors", "history", "records"},
+    "records": {"errors", "import_lines", "import_trl", "import_verl", "runlog", "token_log"},
     "token_choice": set(),
     "token_columns": {
         "aggregation",
@@ -102,7 +109,6 @@ ALLOWED = {
         "token_columns",
         "token_log",
     },
-    "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records", "runlog"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
     "collate": {"errors", "groups", "layout", "packing"},
