@@ -11,12 +11,14 @@ from .doctor import Doctor, diagnose, flat
 from .doctor_rules import RULES
 from .errors import InputError
 from .runlog import read_completions, read_metrics, read_saved_config
+from .xray import build_xray, page_parts
 
 _MAX_TEXT = 4000
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report.html and return its path; works on a running or cut run too.
+def write_report(run_dir: str | Path, *, tokens: Any = None) -> Path:
+    """Write `run_dir`/report.html and return its path; works on a running or cut run too. tokens:
+    the run's token log, (steps(), read(step), vocabulary()).
 
     Raises InputError when the folder holds no run, or no step yet.
     """
@@ -26,6 +28,8 @@ def write_report(run_dir: str | Path) -> Path:
         raise InputError(f"{folder}/metrics.jsonl has no rows yet: wait for the first step")
     config = read_saved_config(folder)
     completions = read_completions(folder)
+    doctor = diagnose(rows, config, completions)
+    script, script_hash, style = page_parts()
     page = _template().render(
         name=folder.resolve().name,
         headline=headline(rows),
@@ -33,7 +37,11 @@ def write_report(run_dir: str | Path) -> Path:
         tiles=tiles(rows),
         charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
         no_charts=missing_matplotlib(),
-        doctor=diagnosis(diagnose(rows, config, completions)),
+        doctor=diagnosis(doctor),
+        xray=build_xray(tokens, doctor.ranked()),
+        script=script,
+        script_hash=script_hash,
+        style=style,
         samples=samples(completions),
         config={key: "" if value is None else value for key, value in flat(config).items()},
     )

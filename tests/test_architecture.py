@@ -79,6 +79,7 @@ ALLOWED = {
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "runlog"},
+    "xray": {"doctor", "errors", "loss_config"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
     "collate": {"errors", "groups", "layout", "packing"},
