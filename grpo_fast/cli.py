@@ -113,12 +113,16 @@ def plan_command(arguments: Sequence[str]) -> int:
 
 
 def report_command(arguments: Sequence[str]) -> int:
-    """write the report of a run, finished or not: RUN"""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ConfigError(f"report takes one run folder: {_PROGRAM} report runs/demo")
+    """write the report of a run, finished or not, of any trainer: RUN [--out FILE]"""
+    rest, out = list(arguments), None
+    if "--out" in rest[:-1]:
+        at = rest.index("--out")
+        _, out = rest.pop(at), rest.pop(at)
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ConfigError(f"report takes one run folder: {_PROGRAM} report runs/demo [--out FILE]")
     from .report import write_report
 
-    print(write_report(arguments[0]))
+    print(write_report(rest[0], out))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command `grpo-fast doctor`: a run folder or TRL's log in, a table or JSON out."""
+"""The command `grpo-fast doctor`: a run of any trainer in, a table or JSON out."""
 
 import argparse
 import json
@@ -11,18 +11,16 @@ from typing import Any, NoReturn
 
 from .doctor import Doctor, diagnose
 from .doctor_rules import LIMITS, RULES
-from .errors import ConfigError, InputError, nearest
+from .errors import ConfigError, nearest
 from .history import SEVERITIES
-from .runlog import METRICS, read_completions, read_metrics, read_saved_config
+from .records import SCHEMA, open_records
 
-SCHEMA = 1
-STATE = "trainer_state.json"
 # TRL's names of the options that rules read.
 FROM_TRL = {"num_generations": "group_size"}
 ABOUT = "Name what is wrong with a run, how it shows, and which option to change."
 EPILOG = """\
-RUN is a run folder, finished or not; a TRL output folder or its trainer_state.json; or a file with
-one JSON object a line, with TRL's metric names. Exit code 0: nothing at or above --fail-on, 1:
+RUN is a run folder, finished or not; what TRL or verl wrote; or a file with one JSON object a line,
+a step or a completion each (docs/watch.md). Exit code 0: nothing at or above --fail-on, 1:
 findings, 2: a wrong option, or no readable run. docs/doctor.md explains every rule.
 
   grpo-fast doctor runs/demo
@@ -84,84 +82,12 @@ def read_run(path: Path) -> tuple[list[dict], dict[str, Any], list[dict], list[s
 
     Raises InputError, in one sentence, for everything else.
     """
-    notes: list[str] = []
-    config: dict[str, Any] = {}
-    completions: list[dict] = []
-    try:
-        if path.is_dir() and not (path / METRICS).is_file() and (path / STATE).is_file():
-            path = path / STATE
-        if path.is_dir():
-            rows, config = read_metrics(path), read_saved_config(path)
-            completions = read_completions(path)
-            log = path / METRICS
-        elif path.is_file():
-            rows, log = _foreign_rows(path), path
-        else:
-            raise InputError(f"no run at {path}: expected a run folder or a JSON log of metrics")
-        if log.suffix != ".json" and rows and not log.read_bytes().endswith(b"\n"):
-            notes.append("the last line is not finished: the run is being written, or was cut")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its rights") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text: expected a JSON log of metrics") from None
-    if not rows:
-        raise InputError(f"{log} has no rows yet: wait for the first step")
-    _check_schema(log, config, rows[0])
-    if not any(name in row for row in rows for name in ("reward", "loss", "grad_norm")):
-        raise InputError(f"{log} has neither reward, loss nor grad_norm in any row: it is no run")
-    broken = sorted({n for row in rows for n, v in row.items() if v != v})
+    records = open_records(path)
+    notes = [*records.notes]
+    broken = sorted({n for row in records.rows for n, v in row.items() if v != v})
     if broken:
         notes.append(f"not finite in some rows, left out there: {', '.join(broken)}")
-    return rows, config, completions, notes
-
-
-def _check_schema(log: Path, config: dict[str, Any], row: dict[str, Any]) -> None:
-    found = config.get("schema", row.get("schema", SCHEMA))
-    if found != SCHEMA:
-        raise InputError(f"{log} has schema {found!r}, this grpo-fast reads {SCHEMA}: update it")
-
-
-def _foreign_rows(path: Path) -> list[dict[str, Any]]:
-    """trainer_state.json, or one JSON object a line; rows of one step are one."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        whole = None
-    if isinstance(whole, dict) and isinstance(whole.get("log_history"), list):
-        found = whole["log_history"]
-    elif isinstance(whole, list):
-        found = whole
-    else:
-        found = _lines(path, text)
-    merged: dict[int, dict[str, Any]] = {}
-    for number, row in enumerate(found, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is no object, expected metrics by name")
-        step = row.get("step", number)
-        if isinstance(step, float) and step.is_integer():
-            step = int(step)
-        if type(step) is not int:
-            raise InputError(f"{path}: row {number} has step {step!r}, expected a whole number")
-        values = {k.removeprefix("train/").replace("eval/", "eval_"): v for k, v in row.items()}
-        values = {k: math.nan if v is None else v for k, v in values.items()}
-        merged[step] = merged.get(step, {}) | values | {"step": step}
-    return [merged[step] for step in sorted(merged)]
-
-
-def _lines(path: Path, text: str) -> list[Any]:
-    lines = text.split("\n")
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) and found:
-                break
-            raise InputError(f"{path}:{number}: not JSON ({error}): no log of metrics") from None
-    return found
+    return records.rows, records.config, records.completions, notes
 
 
 def read_limits(file: Path | None, changes: Sequence[str]) -> dict[str, dict[str, float]]:

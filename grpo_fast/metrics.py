@@ -1,10 +1,15 @@
 """What a step says about itself, under TRL's names. What was not measured has no entry."""
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .rollout import ScoredGroup
+if TYPE_CHECKING:
+    # Only its shape is used, so that the logs of others are measured without torch.
+    from .rollout import ScoredGroup
 
 
 def _mean(values: Sequence[float]) -> float:

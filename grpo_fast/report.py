@@ -1,4 +1,4 @@
-"""A run as one page: metrics.jsonl, completions.jsonl and config.json in, report.html out."""
+"""A run as one page: the log of any trainer in, report.html out."""
 
 import json
 import statistics
@@ -10,46 +10,52 @@ from .charts import charts, draw, finite, missing_matplotlib, short_number
 from .doctor import Doctor, diagnose, flat
 from .doctor_rules import RULES
 from .errors import InputError
-from .runlog import read_completions, read_metrics, read_saved_config
+from .records import Records, open_records
 from .xray import build_xray, page_parts
 
 _MAX_TEXT = 4000
 
 
-def write_report(run_dir: str | Path, *, tokens: Any = None) -> Path:
-    """Write `run_dir`/report.html and return its path; works on a running or cut run too. tokens:
-    the run's token log, (steps(), read(step), vocabulary()).
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, going on or cut ones too, and return its path: report.html in the
+    folder `run`, or beside the file, unless `out` is given.
 
-    Raises InputError when the folder holds no run, or no step yet.
+    Raises InputError where there is no run, or no step yet, or nothing can be written.
     """
-    folder = Path(run_dir)
-    rows = read_metrics(folder)
-    if not rows:
-        raise InputError(f"{folder}/metrics.jsonl has no rows yet: wait for the first step")
-    config = read_saved_config(folder)
-    completions = read_completions(folder)
-    doctor = diagnose(rows, config, completions)
+    page = report_page(open_records(run))
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    path = folder / "report.html" if out is None else Path(out)
+    staging = path.with_name(f".{path.name}.writing")
+    try:
+        staging.write_bytes(page.encode("utf-8", errors="replace"))
+        staging.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): choose a file with --out"
+        ) from None
+    return path
+
+
+def report_page(records: Records) -> str:
+    """The page of a log, whoever wrote it, as HTML."""
+    rows, config = records.rows, records.config
+    doctor = diagnose(rows, config, records.completions)
     script, script_hash, style = page_parts()
-    page = _template().render(
-        name=folder.resolve().name,
+    return _template().render(
+        name=records.name,
         headline=headline(rows),
         state=progress_state(rows, config),
         tiles=tiles(rows),
         charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
         no_charts=missing_matplotlib(),
         doctor=diagnosis(doctor),
-        xray=build_xray(tokens, doctor.ranked()),
+        xray=build_xray(records.tokens, doctor.ranked()),
         script=script,
         script_hash=script_hash,
         style=style,
-        samples=samples(completions),
+        samples=samples(records.completions),
         config={key: "" if value is None else value for key, value in flat(config).items()},
     )
-    path = folder / "report.html"
-    staging = folder / ".report.html.writing"
-    staging.write_bytes(page.encode("utf-8", errors="replace"))
-    staging.replace(path)
-    return path
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> str:

@@ -197,7 +197,7 @@ def test_every_field_has_a_flag():
         (["train", "--config", "gone.yaml"], "config file gone.yaml does not exist"),
         (["train", *NEEDED, "--reward=s.py:g"], "--reward given twice: put all values after one"),
         (["report"], "report takes one run folder"),
-        (["report", "gone"], "no run in gone"),
+        (["report", "gone"], "no run at gone: no such file"),
         (["env", "now"], "env takes no arguments, found 'now'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

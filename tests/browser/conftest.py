@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from grpo_fast.loss_config import LossConfig
+from grpo_fast.records import open_records
 from grpo_fast.reference_advantage import group_advantage
 from grpo_fast.reference_loss import (
     Tokens,
@@ -24,6 +25,7 @@ from grpo_fast.reference_loss import (
     policy_factor,
     token_weights,
 )
+from grpo_fast.report import report_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -284,10 +286,17 @@ def write_run(folder, rows: Sequence[dict] | None = None) -> Any:
     return folder
 
 
+def write_page(folder, tokens: TokenLog | None = None) -> Any:
+    path = folder / "report.html"
+    page = report_page(open_records(folder)._replace(tokens=tokens))
+    path.write_bytes(page.encode("utf-8"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def make():
-    """(make_step, TokenLog, oracle, write_run): a conftest is imported by nobody."""
-    return make_step, TokenLog, oracle, write_run
+    """(make_step, TokenLog, oracle, write_run, write_page): a conftest is imported by nobody."""
+    return make_step, TokenLog, oracle, write_run, write_page
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import pytest
 
 from grpo_fast.loss_config import LossConfig
-from grpo_fast.report import write_report
 
 pytestmark = pytest.mark.browser
 CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
@@ -11,10 +10,10 @@ CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 
 @pytest.fixture(scope="module")
 def report(make, tmp_path_factory):
-    make_step, log, _, write_run = make
+    make_step, log, _, write_run, write_page = make
     steps = {step: make_step(CONFIG, step=step) for step in (1, 5, 10)}
     folder = write_run(tmp_path_factory.mktemp("runs") / "demo")
-    return write_report(folder, tokens=log(steps)), steps
+    return write_page(folder, log(steps)), steps
 
 
 def ready(page, step: int, group: int) -> None:
@@ -215,22 +214,22 @@ def test_dark_by_preference_and_by_button(report, visit):
 
 
 def test_without_a_token_log_the_page_says_so_in_one_sentence(make, visit, tmp_path):
-    _, log, _, write_run = make
+    _, log, _, write_run, write_page = make
     folder = write_run(tmp_path / "run")
-    page = visit(write_report(folder)).page
+    page = visit(write_page(folder)).page
     assert page.get_by_test_id("xray-said").inner_text().startswith("No token log in this run")
     assert not page.get_by_test_id("xray").count()
     page.get_by_test_id("theme").click()
-    page = visit(write_report(folder, tokens=log({}))).page
+    page = visit(write_page(folder, log({}))).page
     assert page.get_by_test_id("xray-said").inner_text() == "The token log has no step yet."
 
 
 def test_65_000_tokens_open_in_two_seconds(make, visit, tmp_path):
-    make_step, log, _, write_run = make
+    make_step, log, _, write_run, write_page = make
     words = [f" w{number}" for number in range(5000)]
     step = make_step(CONFIG, groups=2, size=16, length=2800, words=len(words))
     assert len(step.arrays["token_ids"]) > 65_000
-    path = write_report(write_run(tmp_path / "run"), tokens=log({1: step}, words))
+    path = write_page(write_run(tmp_path / "run"), log({1: step}, words))
     assert path.stat().st_size < 8e6
     page = visit(path, "#step=1&group=7").page
     # Two frames on, what was drawn is on the screen.

@@ -7,7 +7,6 @@ import torch
 
 from grpo_fast.loss_config import LossConfig
 from grpo_fast.reference_advantage import group_advantage
-from grpo_fast.report import write_report
 
 pytestmark = pytest.mark.browser
 FIGURES = ("loss", "mass", "gaining")
@@ -65,10 +64,10 @@ def steps(make):
 
 @pytest.fixture
 def open_step(make, visit, tmp_path):
-    _, log, _, write_run = make
+    _, log, _, write_run, write_page = make
 
     def go(step):
-        path = write_report(write_run(tmp_path / "run", ROW), tokens=log({step.meta["step"]: step}))
+        path = write_page(write_run(tmp_path / "run", ROW), log({step.meta["step"]: step}))
         return visit(path, f"#step={step.meta['step']}&group=7").page
 
     return go
