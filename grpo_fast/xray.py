@@ -24,7 +24,7 @@ from .loss_config import AGGREGATIONS, BELONGS_TO, LossConfig
 PAGE = Path(__file__).parent / "page"
 # In this order they are one script.
 SCRIPTS = (
-    "data", "loss", "advantage", "whatif", "forks", "tokens", "why", "group", "page",
+    "data", "charts", "loss", "advantage", "whatif", "forks", "tokens", "why", "group", "page",
 )  # fmt: skip
 STYLES = ("report.css", "xray.css")
 # Of the embedded arrays, in base64; a page of twice that still opens at once, and can be mailed.

@@ -57,7 +57,7 @@ function sequenceOf({ tokens }, { start, stop }) {
   }
   return {
     lp, old, mask, live, length,
-    ref: cut("ref_logprobs"), sampler: cut("sampler_logprobs"),
+    ref: cut("ref_logprobs"), sampler: cut("sampler_logprobs"), keep: cut("keep"),
     logRatio: lp.map((x, t) => x - old[t]),
   };
 }

@@ -221,6 +221,7 @@ function sequenceTerms(sequence, config, advantage, weight) {
   const own = levelOf(config) !== "sequence";
   const factor = correctionOf(sequence, live, config);
   if (config.loss_type === "vespo") factor.fill(1);
+  if (config.top_entropy_quantile < 1) factor.forEach((w, t) => { factor[t] = w * sequence.keep[t]; });
   if (!keepsSequence(sequence, live, config, advantage)) factor.fill(0);
   const gmpo = config.loss_type === "gmpo" ? gmpoRatio(sequence, live, config, advantage) : null;
   const objective = gmpo ? null : objectiveOf(sequence, live, config, advantage, ratio);

@@ -145,4 +145,5 @@ function startXray() {
 }
 
 startTheme();
+startCharts();
 startXray();

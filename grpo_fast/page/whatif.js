@@ -52,7 +52,7 @@ function unknownBecause(view, config, advantages, dropped) {
   const missing = (name) => `this step has no ${name} log-probs`;
   const kind = addsUp(config);
   if (config.objective) return "objective is a function of the run, which this page does not have";
-  if (config.top_entropy_quantile < 1) {
+  if (config.top_entropy_quantile < 1 && (!tokens.keep || dropped.size)) {
     return "top_entropy_quantile is a quantile over all tokens of the step, which are not stored";
   }
   if (config.beta > 0 && !tokens.ref_logprobs) return `beta: ${missing("reference")}`;

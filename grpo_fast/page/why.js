@@ -120,6 +120,9 @@ function drawWhy(view, place, token) {
   } else {
     const rows = numbersOf(view, at).flatMap(([name, text]) => [
       h("dt", {}, name), h("dd", { "data-testid": `why-${name}` }, text)]);
+    if (tokens.keep && !tokens.keep[at]) {
+      parts.push(h("p", {}, "Not among the tokens of highest entropy (top_entropy_quantile): no policy term."));
+    }
     parts.push(h("dl", {}, ...rows), branch(view, "trained", place, token));
     if (view.touched()) parts.push(branch(view, "whatif", place, token));
   }

@@ -125,7 +125,11 @@ def oracle(
     denominator = totals_of(step.meta, config, lengths)
     one_group = torch.zeros(len(completions), dtype=torch.long)
     weights = token_weights(mask, ends, config, denominator, one_group)
-    term = policy_factor(tokens, config) * objective_of(config)(tokens)
+    # The quantile is one of the whole step, whose outcome is stored.
+    local = dataclasses.replace(config, top_entropy_quantile=1.0)
+    term = policy_factor(tokens, local) * objective_of(config)(tokens)
+    if "keep" in arrays:
+        term = term * torch.tensor(arrays["keep"][index])
     kl = None
     if tokens.ref_logprobs is not None:
         limit = config.log_ratio_clamp
@@ -162,6 +166,7 @@ def make_step(
     rewards: Sequence[float] | None = None,
     seed: int = 0,
     words: int = len(WORDS),
+    keep: bool = False,
 ) -> TokenStep:
     """A step of which every group is stored, its last token masked in every second completion."""
     random = np.random.default_rng(seed + 1000 * step)
@@ -229,7 +234,9 @@ def make_step(
         "kept": f"{groups} of 64 groups: best, worst, degenerate",
         "groups": described,
     }
-    arrays = numbers(np.concatenate(ids), random, on_policy=on_policy, ref=ref, sampler=sampler)
+    arrays = numbers(
+        np.concatenate(ids), random, on_policy=on_policy, ref=ref, sampler=sampler, keep=keep
+    )
     for one in (c for group in described for c in group["completions"][::2]):
         arrays["mask"][one["stop"] - 1] = 0
         arrays["logprobs"][one["stop"] - 1] = 0
@@ -249,6 +256,8 @@ def numbers(ids: np.ndarray, random: Any, **have: bool) -> dict[str, np.ndarray]
     found["mask"] = np.ones(len(ids), np.uint8)
     if not have["on_policy"]:
         found["old_logprobs"] = least(logp + noise(0.3))
+    if have["keep"]:
+        found["keep"] = (random.random(len(ids)) < 0.4).astype(np.uint8)
     if have["ref"]:
         found["ref_logprobs"] = least(logp + noise(0.2))
     if have["sampler"]:

@@ -48,7 +48,7 @@ def test_a_group_opens_with_its_completions_by_reward(report, visit):
     rewards = [group["rewards"][index] for index in shown]
     assert rewards == sorted(group["rewards"], reverse=True)
     first = group["completions"][shown[0]]
-    text = columns.first.inner_text()
+    text = columns.first.text_content()
     assert f"{first['stop'] - first['start']} tokens" in text
     assert f"exact {first['reward']:g}" in text
     assert "ended by stop" in text or "cut at the longest length" in text
@@ -140,10 +140,10 @@ def test_forks_and_pushes_are_listed(report, visit):
 
 def test_hostile_text_is_shown_and_does_nothing(report, visit):
     page = visit(report[0], "#step=5&group=7").page
-    text = page.locator("#xray-columns").inner_text()
+    text = page.locator("#xray-columns").text_content()
     assert "<script>window.stolen" in text.replace("\u200b", "").replace("·", " ")
     for hidden in ("\u202e", "\u2028", "\u0007"):
-        assert hidden not in page.locator("#xray-body").inner_text()
+        assert hidden not in page.locator("#xray-body").text_content()
     assert "\\u202e" in text
     assert "\\x07" in page.get_by_test_id("prompt").inner_text()
     assert page.evaluate("window.stolen") is None
@@ -244,3 +244,22 @@ def processor_seconds(page) -> float:
     session.send("Performance.enable")
     metrics = session.send("Performance.getMetrics")["metrics"]
     return next(one["value"] for one in metrics if one["name"] == "ProcessTime")
+
+
+def test_a_chart_tells_the_value_under_the_pointer(report, visit):
+    page = visit(report[0]).page
+    figure = page.locator("figure:has(svg)").first
+    value = figure.locator(".value")
+    assert value.inner_text() == "last 1"
+    box = figure.get_by_test_id("chart").bounding_box()
+    middle = box["y"] + box["height"] / 2
+    seen = []
+    for share in (0.2, 0.6, 0.97):
+        page.mouse.move(box["x"] + share * box["width"], middle)
+        step, _, number = value.inner_text().removeprefix("step ").partition(": ")
+        assert float(number) == int(step) / 10  # the reward of that step
+        seen.append(int(step))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 10
+    page.mouse.move(0, 0)
+    assert value.inner_text() == "last 1"
