@@ -127,6 +127,8 @@ class TrainConfig:
     """Steps between progress lines; metrics.jsonl has every step."""
     log_completions: int = 4
     """Completions kept per step in completions.jsonl: best, worst and others of one group."""
+    log_tokens_mb: float = 32.0
+    """Most MB of per-token numbers kept of a run, in tokens/; 0 keeps none."""
     seed: int = 0
     """Everything random in step k follows from (seed, k)."""
     dtype: Dtype = "auto"
@@ -249,6 +251,7 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "weight_decay",
     "log_completions",
+    "log_tokens_mb",
     "seed",
 )
 _POSITIVE = (

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .token_choice import evenly, ranked, spread
+
 if TYPE_CHECKING:
     # Only its shape is used, so that the logs of others are measured without torch.
     from .rollout import ScoredGroup
@@ -14,10 +16,6 @@ if TYPE_CHECKING:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
-
-
-def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -28,9 +26,9 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     best, worst = max(scored, default=math.nan), min(scored, default=math.nan)
     metrics = {
         "reward": _mean(scored),
-        "reward_std": _std(scored),
+        "reward_std": spread(scored),
         "frac_reward_zero_std": _mean([float(group.degenerate) for group in groups]),
-        "groups/std_mean": _mean([_std(group.scores()) for group in groups]),
+        "groups/std_mean": _mean([spread(group.scores()) for group in groups]),
         "groups/all_best_frac": _all_equal(groups, best) if best > worst or best > 0 else 0.0,
         "groups/all_worst_frac": _all_equal(groups, worst) if best > worst or worst <= 0 else 0.0,
         "advantage/winners": _mean([max(c.advantage for c in g.completions) for g in groups]),
@@ -40,7 +38,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     for name in completions[0].rewards:
         values = [c.rewards[name] for c in completions if not math.isnan(c.rewards[name])]
         metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = _std(values)
+        metrics[f"rewards/{name}/std"] = spread(values)
     return metrics | length_metrics(groups)
 
 
@@ -91,26 +89,20 @@ def completion_rows(step: int, groups: Sequence[ScoredGroup], count: int) -> lis
     """Up to `count` completions of the group with the widest rewards: best first, worst last."""
     if count == 0:
         return []
-    group = max(groups, key=lambda g: _std(g.scores()))
-    ranked = sorted(
-        group.completions, key=lambda c: -math.inf if math.isnan(c.reward) else c.reward
-    )
-    ranked.reverse()
-    # best and worst always, the rest evenly between
-    picks = {
-        round(k * (len(ranked) - 1) / max(count - 1, 1)) for k in range(min(count, len(ranked)))
-    }
+    group = max(groups, key=lambda g: spread(g.scores()))
+    order = ranked([c.reward for c in group.completions])
+    picks = [group.completions[order[place]] for place in evenly(len(order), count)]
     return [
         {
             "step": step,
             "group": group.prompt.row,
             "prompt": group.prompt.text,
-            "completion": ranked[k].text,
-            "reward": ranked[k].reward,
-            "rewards": ranked[k].rewards,
-            "advantage": ranked[k].advantage,
-            "finish_reason": ranked[k].finish_reason,
+            "completion": completion.text,
+            "reward": completion.reward,
+            "rewards": completion.rewards,
+            "advantage": completion.advantage,
+            "finish_reason": completion.finish_reason,
             "columns": dict(group.prompt.columns),
         }
-        for k in sorted(picks)
+        for completion in picks
     ]

@@ -1,4 +1,4 @@
-"""What the public ops return."""
+"""What the public ops and a step return."""
 
 from typing import NamedTuple
 
@@ -70,3 +70,38 @@ class LogProbOutput(_LogProbFields):
     """
 
     lse: Tensor
+
+
+class StepTokens(NamedTuple):
+    """What the loss made of each token: one tensor a completion, in group order; 0 where masked,
+    NaN for completions that were not forwarded."""
+
+    ratio: list[Tensor]
+    """At the level of the config."""
+    kl: list[Tensor] | None
+    """To the reference, by the config's estimator; None without one."""
+    gradient_mass: list[Tensor]
+    """`TokenOutput.gradient_mass`."""
+    rows: list[int]
+    """The packed row of each completion, which quantiles are of; -1 where not forwarded."""
+    denominator: float | Tensor
+    """What `grpo_backward` was given, or found."""
+
+
+class _StepFields(NamedTuple):
+    loss: Tensor
+    logprobs: list[Tensor]
+    entropy: list[Tensor]
+    metrics: dict[str, Tensor]
+
+
+class StepOutput(_StepFields):
+    """`loss, logprobs, entropy, metrics = output`.
+
+    loss: 0-d, float32, no gradient: it went into the parameters. logprobs, entropy (nats): one
+    tensor a completion, in group order; 0 where masked, NaN for completions that were not forwarded
+    because they teach nothing. metrics: token-weighted over micro-batches, 0-d on the device;
+    `batch/*` and `groups/dead_frac` say what was forwarded. tokens: more per token.
+    """
+
+    tokens: StepTokens

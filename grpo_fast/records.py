@@ -18,6 +18,7 @@ from .import_verl import (
     step_files,
 )
 from .runlog import METRICS, read_completions, read_metrics, read_saved_config
+from .token_log import TokenStep, read_token_step, read_token_steps, read_vocabulary
 
 SCHEMA = 1
 KNOWN = (
@@ -32,9 +33,25 @@ class TokenSource(Protocol):
 
     def steps(self) -> list[int]: ...
 
-    def read(self, step: int) -> Any: ...
+    def read(self, step: int) -> TokenStep: ...
 
     def vocabulary(self) -> dict[int, str]: ...
+
+
+class FolderTokens:
+    """tokens/ of a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        return read_token_steps(self.folder)
+
+    def read(self, step: int) -> TokenStep:
+        return read_token_step(self.folder, step)
+
+    def vocabulary(self) -> dict[int, str]:
+        return read_vocabulary(self.folder)
 
 
 class Records(NamedTuple):
@@ -81,7 +98,8 @@ def open_records(path: str | Path) -> Records:
         raise InputError(
             f"{path} has schema {schema!r}, this grpo-fast reads {SCHEMA}: pip install -U grpo-fast"
         )
-    return Records(name=path.resolve().name, **found._asdict())
+    tokens = FolderTokens(path) if path.is_dir() and read_token_steps(path) else None
+    return Records(name=path.resolve().name, tokens=tokens, **found._asdict())
 
 
 def _check_metrics(path: Path, found: Found) -> None:

@@ -98,6 +98,15 @@ def end_tokens(model, tokenizer) -> list[int]:
     return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
 
 
+def token_text(tokenizer, token: int) -> str:
+    """The text of one token, its leading space included, which SentencePiece's decoder takes off;
+    `\ufffd` for a token that is part of a character."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    text = tokenizer.decode([token])
+    led = isinstance(piece, str) and piece.startswith("\u2581")
+    return f" {text}" if led and not text.startswith(" ") else text
+
+
 def score_groups(groups: Sequence[ScoredGroup], rewards: Sequence[RewardFunction]) -> None:
     """Fill in `reward` and `rewards` of every completion, in one call of each reward function."""
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]

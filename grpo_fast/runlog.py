@@ -1,4 +1,5 @@
-"""The run folder: config.json, metrics.jsonl, completions.jsonl, checkpoints/ and run.lock."""
+"""The run folder: config.json, metrics.jsonl, completions.jsonl, tokens/, checkpoints/ and
+run.lock."""
 
 import dataclasses
 import fcntl
@@ -13,6 +14,8 @@ from typing import IO, Any
 
 from .config import TrainConfig
 from .errors import ConfigError, InputError
+from .token_log import FOLDER as TOKENS
+from .token_log import TokenLog, truncate_tokens
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -22,7 +25,7 @@ LOCK = "run.lock"
 # Made once for a folder, the same for every run in it.
 BASE_MODEL = "base_model"
 # A folder that holds nothing else is ours to write in; an empty log is a run that never started.
-_OURS = {CONFIG, METRICS, COMPLETIONS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+_OURS = {CONFIG, METRICS, COMPLETIONS, TOKENS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
 
 
 class RunLog:
@@ -32,6 +35,8 @@ class RunLog:
     def __init__(self, folder: Path, config: TrainConfig, lock: IO[str]) -> None:
         self.folder = folder
         self.checkpoints = folder / CHECKPOINTS
+        self.tokens: TokenLog | None = None
+        """None before the run starts, and where `log_tokens_mb` is 0."""
         self._config = config
         self._lock = lock
         self._open: dict[str, IO[str]] = {}
@@ -59,6 +64,7 @@ class RunLog:
         put this config in config.json."""
         for name in (METRICS, COMPLETIONS):
             _cut(self.folder / name, step)
+        truncate_tokens(self.folder, step)
         self._begin()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -73,6 +79,9 @@ class RunLog:
     def _begin(self) -> None:
         _write_config(self.folder, self._config)
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
+        if self._config.log_tokens_mb:
+            budget, steps = self._config.log_tokens_mb, self._config.max_steps
+            self.tokens = TokenLog(self.folder, budget_mb=budget, max_steps=steps)
 
 
 def open_run(config: TrainConfig) -> RunLog:

@@ -19,7 +19,9 @@ from .optimizer import check_optimizer, make_optimizer, state_bytes
 from .planner import LargestStep, Plan, plan_memory, rehearse
 from .prompts import Prompt, fingerprint, hold_out, load_prompts
 from .rewards import RewardFunction, load_rewards
+from .rollout import end_tokens, token_text
 from .runlog import RunLog
+from .token_step import Told
 
 # A resumed run may change these without becoming another run.
 RESUMABLE = {
@@ -30,6 +32,7 @@ RESUMABLE = {
     "keep_checkpoints",
     "log_every",
     "log_completions",
+    "log_tokens_mb",
     "output_dir",
     "existing",
     "resume",
@@ -59,6 +62,8 @@ class Parts:
     """Of adaptive entropy, changed by every optimizer step; None without it."""
     memory: Plan
     """Rows and checkpointing of every step."""
+    told: Told
+    """What the log of tokens says of the run."""
 
     def step_options(self, config: TrainConfig) -> dict[str, Any]:
         """What `grpo_backward` and `group_logprobs` are told alike."""
@@ -119,6 +124,20 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         device=device,
         entropy_control=control,
         memory=memory,
+        told=told(config, model, tokenizer),
+    )
+
+
+def told(config: TrainConfig, model, tokenizer) -> Told:
+    """What stays the same in every step of the log of tokens."""
+    ends = end_tokens(model, tokenizer)
+    names = ("scale_rewards", "baseline", "multi_objective_aggregation")
+    return Told(
+        seed=config.seed,
+        # The tokenizer's own first, whatever else ends a completion.
+        eos_token_ids=tuple(sorted(ends, key=lambda token: token != tokenizer.eos_token_id)),
+        advantage={name: getattr(config, name) for name in names},
+        text_of=lambda token: token_text(tokenizer, token),
     )
 
 

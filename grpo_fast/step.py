@@ -22,21 +22,9 @@ from .loss_config import LossConfig
 from .memory import estimated_need, fastest_mode
 from .model import Head, head
 from .ops import LossOutput, linear_grpo_loss, linear_logprob
+from .outputs import StepOutput, StepTokens, TokenOutput
 from .packing import Packing, group_budget, pack
 from .self_check import check_once
-
-
-class StepOutput(NamedTuple):
-    loss: Tensor
-    """0-d, float32, no gradient: it went into the parameters."""
-    logprobs: list[Tensor]
-    """One tensor a completion, in group order; 0 where masked, NaN for completions that were not
-    forwarded because they teach nothing."""
-    entropy: list[Tensor]
-    """Likewise, nats."""
-    metrics: dict[str, Tensor]
-    """Token-weighted over micro-batches, 0-d on the device; `batch/*` and `groups/dead_frac` say
-    what was forwarded."""
 
 
 def grpo_backward(
@@ -99,6 +87,7 @@ def grpo_backward(
     rows: list[Row] = []
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
+    made: list[TokenOutput] = []
     parts: list[dict[str, Tensor]] = []
     check_once(model, groups, packing, attention)
     mode = checkpointing
@@ -113,13 +102,39 @@ def grpo_backward(
             # Not the output itself: the graph behind its loss would keep the row's activations.
             logprobs.append(output.logprobs)
             entropies.append(output.entropy)
+            made.append(output.tokens)
             parts.append(output.metrics)
             del output, states
-    return StepOutput(
+    output = StepOutput(
         total,
         per_completion(groups, packing, rows, logprobs, device),
         per_completion(groups, packing, rows, entropies, device),
         merge_metrics(parts) | step_metrics(groups, packing, parts, token_budget, device),
+    )
+    output.tokens = _step_tokens(groups, packing, rows, made, denominator, device)
+    return output
+
+
+def _step_tokens(
+    groups: Sequence[Group],
+    packing: Packing,
+    rows: Sequence[Row],
+    made: Sequence[TokenOutput],
+    denominator: float | Tensor,
+    device: torch.device,
+) -> StepTokens:
+    def each(name: str) -> list[Tensor]:
+        values = [getattr(tokens, name) for tokens in made]
+        return per_completion(groups, packing, rows, values, device)
+
+    measured = any(tokens.kl is not None for tokens in made)
+    row_of = {member: number for number, row in enumerate(rows) for member in row.members}
+    return StepTokens(
+        ratio=each("ratio"),
+        kl=each("kl") if measured else None,
+        gradient_mass=each("gradient_mass"),
+        rows=[row_of.get(member, -1) for member in members(groups)],
+        denominator=denominator,
     )
 
 

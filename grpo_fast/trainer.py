@@ -34,6 +34,7 @@ from .rollout import ScoredGroup, sample_groups, score_groups, set_advantages, t
 from .runlog import RunLog, open_run, read_metrics
 from .session import Parts, build, plan, restore, save
 from .step import group_logprobs, grpo_backward
+from .token_step import log_tokens
 
 # One bad batch happens; three in a row is a diverged run.
 MAX_SKIPPED_STEPS = 3
@@ -94,7 +95,7 @@ def loop(
             watch = Stopwatch()
             seed_step(config, step)
             groups = rollout(config, parts, step, watch)
-            metrics = rollout_metrics(groups) | update(config, parts, groups, step, watch)
+            metrics = rollout_metrics(groups) | update(config, parts, groups, step, watch, run)
             tokens += count_tokens(groups)
             metrics |= watch.metrics(groups) | {
                 "num_tokens": tokens,
@@ -162,8 +163,9 @@ def update(
     scored: Sequence[ScoredGroup],
     step: int,
     watch: "Stopwatch",
+    run: RunLog,
 ) -> dict[str, float]:
-    """`num_iterations` optimizer steps on one rollout."""
+    """`num_iterations` optimizer steps on one rollout; tokens are those of the last one."""
     groups = training_groups(scored, config)
     options = parts.step_options(config)
     iterations = []
@@ -198,7 +200,18 @@ def update(
                 row["entropy_coef"] = loss.entropy_coef
             row |= apply_gradients(config, parts, step)
             iterations.append(row)
-    return update_metrics(iterations)
+    with watch("token_log"):
+        of_tokens = log_tokens(
+            run.tokens,
+            parts.told,
+            scored,
+            groups,
+            output,
+            loss,
+            step=step,
+            iteration=config.num_iterations - 1,
+        )
+    return update_metrics(iterations) | of_tokens
 
 
 def apply_gradients(config: TrainConfig, parts: Parts, step: int) -> dict[str, float]:

@@ -20,6 +20,8 @@ import numpy as np
 from .doctor import Finding
 from .errors import InputError
 from .loss_config import AGGREGATIONS, BELONGS_TO, LossConfig
+from .records import TokenSource
+from .token_log import TokenStep
 
 PAGE = Path(__file__).parent / "page"
 # In this order they are one script.
@@ -31,7 +33,7 @@ STYLES = ("report.css", "xray.css")
 MOST_BYTES = 5_500_000
 MOST_TEXT = 20_000
 ABSENT = (
-    "No token log in this run: log_tokens was off, or the log is of a trainer that does not write "
+    "No token log in this run: log_tokens_mb was 0, or the log is of a trainer that does not write "
     "one."
 )
 # Browsers have no float16 yet.
@@ -49,9 +51,8 @@ class Xray(NamedTuple):
     """(step, dataset row) -> the #fragment that opens that group."""
 
 
-def build_xray(tokens: Any, findings: Iterable[Finding]) -> Xray:
-    """The X-ray of `tokens` (steps(), read(step), vocabulary()), or one that says why there is
-    none."""
+def build_xray(tokens: TokenSource | None, findings: Iterable[Finding]) -> Xray:
+    """The X-ray of a token log, or one that says why there is none."""
     if tokens is None:
         return Xray(None, ABSENT, {}, {})
     try:
@@ -103,13 +104,13 @@ def wanted_steps(findings: Iterable[Finding], stored: Sequence[int]) -> list[int
 
 class Embedded(NamedTuple):
     entry: dict[str, Any]
-    step: Any
-    """The TokenStep, with the groups that are embedded."""
+    step: TokenStep
+    """With the groups that are embedded."""
     cut: int
     """Groups left out."""
 
 
-def _embed(tokens: Any, order: Sequence[int]) -> dict[int, Embedded]:
+def _embed(tokens: TokenSource, order: Sequence[int]) -> dict[int, Embedded]:
     """Steps in this order, as many as fit: the first always, with as many groups as fit."""
     embedded: dict[int, Embedded] = {}
     room = MOST_BYTES
@@ -123,7 +124,7 @@ def _embed(tokens: Any, order: Sequence[int]) -> dict[int, Embedded]:
     return embedded
 
 
-def _encode(step: Any, room: int | None) -> Embedded:
+def _encode(step: TokenStep, room: int | None) -> Embedded:
     groups = step.meta["groups"]
     kept, count = [], 0
     # 4 / 3 for base64; a little is won by compression, which cannot be known before.
@@ -144,7 +145,7 @@ def _encode(step: Any, room: int | None) -> Embedded:
     return Embedded(entry, step, len(groups) - len(kept))
 
 
-def _only(step: Any, groups: Sequence[dict[str, Any]]) -> Any:
+def _only(step: TokenStep, groups: Sequence[dict[str, Any]]) -> TokenStep:
     """The step with these groups alone, their tokens one behind the other again."""
     moved, pieces, at = [], [], 0
     for group in groups:

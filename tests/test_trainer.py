@@ -78,7 +78,8 @@ def rows(output: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
-TIMES = {"step_time", "tokens_per_second", "time/rollout", "time/reward", "time/update"}
+TIMES = {"step_time", "tokens_per_second"}
+TIMES |= {f"time/{phase}" for phase in ("rollout", "reward", "update", "token_log")}
 
 
 def without_times(metrics: list[dict]) -> list[dict]:

@@ -44,7 +44,7 @@ async function stepAt(place) {
 }
 
 // The numbers of one completion as loss.js reads them; without old log-probs the policy's own.
-function sequenceOf({ tokens }, { start, stop }) {
+function sequenceOf({ tokens }, { start, stop, weight = null }) {
   const cut = (name) => (tokens[name] ? Float64Array.from(tokens[name].subarray(start, stop)) : null);
   const lp = cut("logprobs");
   const mask = tokens.mask.subarray(start, stop);
@@ -56,7 +56,7 @@ function sequenceOf({ tokens }, { start, stop }) {
     if (mask[t] && !Number.isNaN(lp[t])) live.push(t);
   }
   return {
-    lp, old, mask, live, length,
+    lp, old, mask, live, length, weight,
     ref: cut("ref_logprobs"), sampler: cut("sampler_logprobs"), keep: cut("keep"),
     logRatio: lp.map((x, t) => x - old[t]),
   };
@@ -96,6 +96,14 @@ function visible(text, longest = 200) {
   const cut = text.length > longest ? `${text.slice(0, longest)}\u2026` : text;
   return cut.replace(HIDDEN, (c) => (c === "\n" ? "\u23ce\n" : c === "\t" ? "\u21e5" : escaped(c)))
     .replace(/ /g, "\u200b\u00b7");
+}
+
+function isEos(meta, id) {
+  return id != null && (meta.eos_token_ids ?? [meta.eos_token_id]).includes(id);
+}
+
+function inWords(reasons) {
+  return (reasons ?? []).map((why) => why.replaceAll("_", " ").replace("kl", "KL")).join(", ");
 }
 
 function pieceOf(id) {

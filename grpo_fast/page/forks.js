@@ -84,7 +84,8 @@ function drawForks(view) {
 }
 
 function drawPush(view) {
-  const { push, eos_token_id: eos } = view.step.meta;
+  const { meta } = view.step;
+  const { push, eos_token_id: eos } = meta;
   const box = $("xray-push");
   if (!push) {
     box.replaceChildren(h("p", { class: "soft" }, "Not in this log."));
@@ -94,8 +95,8 @@ function drawPush(view) {
   const row = ([id, value]) => {
     const bar = h("i", { class: value >= 0 ? "up" : "down" });
     bar.style.width = `${(100 * Math.abs(value)) / most}%`;
-    return h("tr", { class: id === eos && "eos" },
-      h("td", {}, h("code", { class: "piece" }, shownPiece(id)), id === eos ? h("small", {}, " EOS") : null),
+    return h("tr", { class: isEos(meta, id) && "eos" },
+      h("td", {}, h("code", { class: "piece" }, shownPiece(id)), isEos(meta, id) ? h("small", {}, " EOS") : null),
       h("td", { class: "bar" }, bar), h("td", { class: "n" }, short(value, true)));
   };
   const table = (title, rows, name) => h("table", { "data-testid": `push-${name}` },

@@ -86,7 +86,8 @@ function drawGroup(view) {
   $("xray-about").textContent = `Step ${step.meta.step}, group ${group.index}` +
     (group.row == null || group.row === group.index ? "" : ` (dataset row ${group.row})`) +
     `: ${stored === group.size ? plural(stored, "completion") : `${stored} of ${group.size} completions stored`}` +
-    (group.chosen_by?.length ? `, kept as ${group.chosen_by.map((w) => w.replaceAll("_", " ")).join(", ")}` : "") + ".";
+    (group.chosen_by?.length ? `, kept as ${inWords(group.chosen_by)}` : "") +
+    (step.meta.iteration ? `; iteration ${step.meta.iteration} of the step` : "") + ".";
   $("xray-columns").replaceChildren(...view.order.map((place) => view.columns[place].element));
   drawForks(view);
   drawPush(view);

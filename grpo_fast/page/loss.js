@@ -284,7 +284,10 @@ function weightsOf(config, meta, lengths, dropped, asTrained) {
 // The group's part of the step's loss, and what it does to its tokens.
 function groupLoss(sequences, config, meta, advantages, dropped, asTrained) {
   const lengths = sequences.map((s) => s.length);
-  const weights = weightsOf(config, meta, lengths, dropped, asTrained);
+  const computed = weightsOf(config, meta, lengths, dropped, asTrained);
+  // The step's own weights, where the log has them.
+  const own = asTrained && !dropped.size;
+  const weights = sequences.map((s, i) => (own ? s.weight : null) ?? computed[i]);
   const result = { loss: 0, mass: 0, gaining: 0, low: 0, high: 0, measured: 0, terms: [] };
   sequences.forEach((sequence, i) => {
     const terms = dropped.has(i) ? null : sequenceTerms(sequence, config, advantages[i], weights[i]);

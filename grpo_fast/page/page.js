@@ -78,7 +78,7 @@ function drawPickers() {
   steps.replaceChildren(...island.steps.map(({ meta }, place) => h("option", { value: place }, `step ${meta.step}`)));
   steps.value = view.stepPlace;
   groups.replaceChildren(...view.step.meta.groups.map((group, place) => {
-    const why = group.chosen_by?.length ? `: ${group.chosen_by.map((w) => w.replaceAll("_", " ")).join(", ")}` : "";
+    const why = group.chosen_by?.length ? `: ${inWords(group.chosen_by)}` : "";
     return h("option", { value: place }, `group ${group.index}${why}`);
   }));
   groups.value = view.groupPlace;

@@ -74,13 +74,13 @@ function classesOf(view, place) {
 function spansOf(view, place) {
   const { start, stop } = view.group.completions[place];
   const ids = view.step.tokens.token_ids;
-  const eos = view.step.meta.eos_token_id;
+  const { meta } = view.step;
   const box = document.createDocumentFragment();
   const spans = [];
   for (let at = start; at < stop; at++) {
     const span = document.createElement("span");
     const text = shownPiece(ids[at]);
-    span.textContent = ids[at] === eos ? `\u25a0${text}` : text;
+    span.textContent = isEos(meta, ids[at]) ? `\u25a0${text}` : text;
     span.token = at - start;
     spans.push(span);
     box.append(span);

@@ -47,7 +47,7 @@ function configOf(meta, settings) {
 }
 
 // Why this page cannot compute the config from what is stored; null where it can.
-function unknownBecause(view, config, advantages, dropped) {
+function unknownBecause(view, config, advantages, dropped, asTrained) {
   const { meta, tokens } = view.step;
   const missing = (name) => `this step has no ${name} log-probs`;
   const kind = addsUp(config);
@@ -62,7 +62,8 @@ function unknownBecause(view, config, advantages, dropped) {
   if (kind === "constant" && !(config.max_completion_length ?? meta.totals.max_completion_length)) {
     return `${config.loss_type} divides by max_completion_length, which the log does not say`;
   }
-  if (kind === "prompt_mean" && view.group.completions.length !== view.group.size) {
+  const known = asTrained && !dropped.size && view.sequences.every((s) => s.weight != null || !s.length);
+  if (kind === "prompt_mean" && view.group.completions.length !== view.group.size && !known) {
     return "aggregation prompt_mean needs every completion of the group, and not all are stored";
   }
   const unit = { token_mean: "tokens", prompt_mean: "groups" }[kind] ?? "sequences";
@@ -82,7 +83,7 @@ function unknownBecause(view, config, advantages, dropped) {
 }
 
 function recomputed(view, config, advantages, dropped, asTrained) {
-  const reason = unknownBecause(view, config, advantages, dropped);
+  const reason = unknownBecause(view, config, advantages, dropped, asTrained);
   if (reason) return { reason };
   return groupLoss(view.sequences, config, view.step.meta, advantages, dropped, asTrained);
 }

@@ -40,7 +40,7 @@ def test_a_group_opens_with_its_completions_by_reward(report, visit):
     page = visit(path).page
     page.get_by_test_id("step").select_option(label="step 5")
     ready(page, 5, 0)
-    page.get_by_test_id("group").select_option(label="group 14: best, highest kl")
+    page.get_by_test_id("group").select_option(label="group 14: best, highest KL")
     ready(page, 5, 14)
     group = steps[5].meta["groups"][2]
     columns = page.get_by_test_id("completion")
