@@ -46,11 +46,8 @@ _PAIR = re.compile(r"(\S+?):(?:np\.\w+\()?([-+.\w]+)\)?$")
 
 
 def step_files(folder: Path) -> list[Path]:
-    """`1.jsonl`, `2.jsonl`, ... of a folder, in the order of their steps."""
-    return sorted(
-        (path for path in folder.glob("*.jsonl") if path.stem.isdecimal()),
-        key=lambda path: int(path.stem),
-    )
+    """`1.jsonl`, `2.jsonl`, ... of a folder."""
+    return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
 
 
 def import_steps(folder: Path, home: Path) -> Found:

@@ -94,7 +94,7 @@ def test_names_of_others_and_messages_are_understood(tmp_path):
     (row,) = records.rows
     assert (row["step"], row["reward"]) == (3, 0.5)
     assert row["unscored_frac"] == pytest.approx(1 / 3)
-    assert row["completions/clipped_ratio"] == 2 / 3
+    assert row["completions/clipped_ratio"] == pytest.approx(2 / 3)
     first = records.completions[0]
     assert first["prompt"] == "system: Be short.\nuser: 2+2?"
     assert (first["completion"], first["columns"]) == ("0", {"level": "easy"})
