@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import json
 import math
 import re
 import statistics
@@ -213,14 +214,15 @@ def _optimizer_charts() -> list[Chart]:
 
 
 def draw(chart: Chart, rows: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
-    """Title, legend, caption and SVG text; `svg` is None for a chart with nothing measured."""
+    """Title, legend, caption, SVG text, and where its points lie; `svg` is None for a chart with
+    nothing measured."""
     drawn = [line for line in chart.lines if finite(rows, line.metric)]
     legend: dict[tuple[str, str], None] = {}
     for line in drawn if len(chart.lines) > 1 else []:
         legend[(line.label, line.colour)] = None
-    svg = None
+    svg, hover = None, ""
     if drawn and not missing_matplotlib():
-        svg = _svg(chart, drawn, rows, prefix=f"c{number}-")
+        svg, hover = _svg(chart, drawn, rows, prefix=f"c{number}-")
     last = finite(rows, drawn[0].metric)[-1] if drawn else None
     return {
         "title": chart.title,
@@ -230,6 +232,7 @@ def draw(chart: Chart, rows: Sequence[dict[str, Any]], number: int) -> dict[str,
         "legend": list(legend),
         "last": "" if last is None else short_number(last),
         "svg": svg,
+        "hover": hover,
     }
 
 
@@ -238,8 +241,11 @@ def missing_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is None
 
 
-def _svg(chart: Chart, lines: Sequence[Line], rows: Sequence[dict[str, Any]], prefix: str) -> str:
-    """The chart as SVG text, the same for the same rows; every id starts with `prefix`."""
+def _svg(
+    chart: Chart, lines: Sequence[Line], rows: Sequence[dict[str, Any]], prefix: str
+) -> tuple[str, str]:
+    """(the chart as SVG text, its points as JSON), the same for the same rows; every id starts with
+    `prefix`."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -264,6 +270,7 @@ def _svg(chart: Chart, lines: Sequence[Line], rows: Sequence[dict[str, Any]], pr
             axes.set_ylim(bottom=0, top=1 if flat else None)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        hover = _hover(axes, lines, rows)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -271,12 +278,29 @@ def _svg(chart: Chart, lines: Sequence[Line], rows: Sequence[dict[str, Any]], pr
     text = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", text)
     text = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", text)
     text = re.sub(r'\bid="', f'id="{prefix}', text)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text), hover
+
+
+def _hover(axes: Any, lines: Sequence[Line], rows: Sequence[dict[str, Any]]) -> str:
+    """{span: shares of the width where the axis begins and ends, steps: those there, lines:
+    [[label, steps, values]]} as JSON."""
+    found = []
+    for line in lines:
+        steps, values = _thin(_points(line, rows))
+        known = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+        texts = [short_number(value) for _, value in known]
+        found.append([line.label, [round(step) for step, _ in known], texts])
+    place = axes.get_position()
+    where = {"span": [place.x0, place.x1], "steps": [*axes.get_xlim()], "lines": found}
+    return json.dumps(where, separators=(",", ":"))
+
+
+def _points(line: Line, rows: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(row["step"], float(row[line.metric])) for row in rows if line.metric in row]
 
 
 def _plot(axes: Any, line: Line, rows: Sequence[dict[str, Any]]) -> None:
-    points = [(row["step"], float(row[line.metric])) for row in rows if line.metric in row]
-    steps, values = _thin(points)
+    steps, values = _thin(_points(line, rows))
     few = len(steps) <= 12
     smooth = line.smooth and len(steps) >= _SMOOTH_FROM
     marker = {"marker": "o", "markersize": 3.5} if line.dots or few else {}

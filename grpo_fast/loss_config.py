@@ -97,7 +97,7 @@ CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo")
 # Their formula is of the whole sequence whatever the level of the ratio.
 WHOLE_SEQUENCE = ("gmpo", "vespo")
 # Options and the loss types they mean something to; elsewhere they are refused.
-_BELONGS_TO = {
+BELONGS_TO = {
     "epsilon": (*CLIPPED, "cispo", "gmpo", "dppo_tv", "dppo_kl"),
     "epsilon_high": (*CLIPPED, "cispo", "gmpo", "dppo_tv", "dppo_kl"),
     "delta": (*CLIPPED, "dppo_tv", "dppo_kl"),
@@ -361,7 +361,7 @@ class LossConfig(Numbered):
     def _check_together(self) -> None:
         """Options that would do nothing are refused, never ignored."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name, owners in _BELONGS_TO.items():
+        for name, owners in BELONGS_TO.items():
             value = getattr(self, name)
             if self.objective is None and self.loss_type not in owners and value != defaults[name]:
                 raise ConfigError(

@@ -10,7 +10,8 @@ from .charts import charts, draw, finite, missing_matplotlib, short_number
 from .doctor import Doctor, diagnose, flat
 from .doctor_rules import RULES
 from .errors import InputError
-from .records import open_records
+from .records import Records, open_records
+from .xray import build_xray, page_parts
 
 _MAX_TEXT = 4000
 
@@ -21,18 +22,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Raises InputError where there is no run, or no step yet, or nothing can be written.
     """
-    name, rows, completions, config, *_ = open_records(run)
-    page = _template().render(
-        name=name,
-        headline=headline(rows),
-        state=progress_state(rows, config),
-        tiles=tiles(rows),
-        charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
-        no_charts=missing_matplotlib(),
-        doctor=diagnosis(diagnose(rows, config, completions)),
-        samples=samples(completions),
-        config={key: "" if value is None else value for key, value in flat(config).items()},
-    )
+    page = report_page(open_records(run))
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path = folder / "report.html" if out is None else Path(out)
     staging = path.with_name(f".{path.name}.writing")
@@ -44,6 +34,28 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
             f"{path} cannot be written ({error.strerror}): choose a file with --out"
         ) from None
     return path
+
+
+def report_page(records: Records) -> str:
+    """The page of a log, whoever wrote it, as HTML."""
+    rows, config = records.rows, records.config
+    doctor = diagnose(rows, config, records.completions)
+    script, script_hash, style = page_parts()
+    return _template().render(
+        name=records.name,
+        headline=headline(rows),
+        state=progress_state(rows, config),
+        tiles=tiles(rows),
+        charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
+        no_charts=missing_matplotlib(),
+        doctor=diagnosis(doctor),
+        xray=build_xray(records.tokens, doctor.ranked()),
+        script=script,
+        script_hash=script_hash,
+        style=style,
+        samples=samples(records.completions),
+        config={key: "" if value is None else value for key, value in flat(config).items()},
+    )
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> str:

@@ -78,6 +78,7 @@ ALLOWED = {
     "policy_checks": {"history"},
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
+    "xray": {"doctor", "errors", "loss_config", "records", "token_log"},
     "token_log": {"errors"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records"},
     # A log of whoever is read without torch, too; of the trainer's metrics only the arithmetic.

@@ -50,6 +50,9 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel):
         "grpo_examples/demo.yaml",
         "grpo_examples/arithmetic.jsonl",
         "grpo_fast/report.html.jinja",
+        "grpo_fast/page/loss.js",
+        "grpo_fast/page/xray.css",
+        "grpo_fast/page/xray.html.jinja",
         "grpo_fast/py.typed",
         "grpo_kernels/py.typed",
     ):
