@@ -59,6 +59,8 @@ class Parts:
     """Of adaptive entropy, changed by every optimizer step; None without it."""
     memory: Plan
     """Rows and checkpointing of every step."""
+    sampler: Any
+    """What completions are sampled from: the model itself, so that they are its own."""
 
     def step_options(self, config: TrainConfig) -> dict[str, Any]:
         """What `grpo_backward` and `group_logprobs` are told alike."""
@@ -119,6 +121,7 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         device=device,
         entropy_control=control,
         memory=memory,
+        sampler=model,
     )
 
 

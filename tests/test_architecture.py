@@ -78,6 +78,7 @@ ALLOWED = {
     "policy_checks": {"history"},
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
+    "faults": {"config_file", "doctor", "doctor_rules", "errors", "plugins", "runlog"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "runlog"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
