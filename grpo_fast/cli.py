@@ -14,7 +14,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,17 @@ def train_command(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         _print_train_help(arguments)
         return 0
-    config = train_config(arguments)
+    return _train(train_config(arguments), ["train", *arguments])
+
+
+def _train(config: TrainConfig, words: Sequence[str], **options: Any) -> int:
+    """Train as the command `words` says, and the exit code."""
     from .trainer import train
 
-    again = [item for item in arguments if item not in ("--resume", "--no-resume")]
-    resume = f"resume with: {shlex.join([_called_as(), 'train', *again, '--resume'])}"
+    again = [item for item in words if item not in ("--resume", "--no-resume")]
+    resume = f"resume with: {shlex.join([_called_as(), *again, '--resume'])}"
     try:
-        result = train(config)
+        result = train(config, **options)
     except KeyboardInterrupt:
         saved = any(Path(config.output_dir, "checkpoints").glob("step-*"))
         print(f"interrupted{f': {resume}' if saved else ', nothing was saved yet'}")
@@ -98,11 +102,30 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def demo_command(arguments: Sequence[str]) -> int:
-    """train the small arithmetic model of the examples: [--key value ...]"""
+    """train the small arithmetic model of the examples: [--fault NAME|list] [--key value ...]"""
+    from .faults import heard, listed, pick_fault, read_faults, split_fault
+
     spec = importlib.util.find_spec("grpo_examples")
     assert spec is not None, "setup.py installs examples/ as grpo_examples"
-    config = Path(next(iter(spec.submodule_search_locations or ()))) / "demo.yaml"
-    return train_command(["--config", str(config), *arguments])
+    folder = Path(next(iter(spec.submodule_search_locations or ())))
+    name, flags = split_fault(arguments)
+    flags = ["--config", str(folder / "demo.yaml"), *flags]
+    if {"-h", "--help"} & set(arguments):
+        _print_train_help(flags)
+    if name == "list" or {"-h", "--help"} & set(arguments):
+        print(listed(read_faults(folder)))
+        return 0
+    if name is None:
+        config, fault, prepare = train_config(flags), None, {}
+        words = ["train", *flags]
+    else:
+        fault = pick_fault(read_faults(folder), name)
+        config, words = train_config(flags, fault.change), ["demo", *arguments]
+        prepare = {"prepare": fault.prepare} if fault.prepare else {}
+    code = _train(config, words, **prepare)
+    if code == 0:
+        print(heard(config.output_dir, fault))
+    return code
 
 
 def plan_command(arguments: Sequence[str]) -> int:
@@ -182,12 +205,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def train_config(arguments: Sequence[str]) -> TrainConfig:
-    """`TrainConfig` from the YAML file after --config, overridden by the other options.
+def train_config(arguments: Sequence[str], change: Mapping[str, Any] | None = None) -> TrainConfig:
+    """`TrainConfig` from the YAML file after --config, overridden by `change`, then by the other
+    options.
 
     Raises ConfigError naming the file, key or option, what was found and what was expected.
     """
     values, flags = _split_config(arguments)
+    for name, value in (change or {}).items():
+        nested = isinstance(value, Mapping)
+        values[name] = values.get(name, {}) | value if nested else value
     if not flags:
         return build_config(values)
     _check_options(flags)

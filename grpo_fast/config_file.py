@@ -37,6 +37,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     the working directory. Raises ConfigError naming file, key, value and what was expected.
     """
     path = Path(path)
+    return checked_values(path, read_mapping(path), where=str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """`yaml.safe_load(open(path))`, which must be `key: value` lines without a key given twice."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -53,7 +58,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {path} holds {type(values).__name__}, expected `key: value` lines"
         )
-    checked = parse_fields(TrainConfig, values, where=str(path))
+    return values
+
+
+def checked_values(path: Path, values: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """`values`, which stand in the file `path`, checked as in `read_config`."""
+    checked = parse_fields(TrainConfig, values, where=where)
     for name in _PATH_FIELDS:
         if isinstance(checked.get(name), str):
             checked[name] = _beside(path.parent, checked[name])

@@ -116,6 +116,8 @@ class Doctor:
         self.limits = limits
         self.rows = 0
         self.findings: dict[str, Finding] = {}
+        self.alarms: dict[str, int] = {}
+        """Step of each rule's first warning or error."""
         self._needs = {rule.id: [{*need.split("|")} for need in rule.needs] for rule in RULES}
         self._missing = {rule.id: [*rule.needs] for rule in RULES}
         self._asked: set[str] = set()
@@ -141,6 +143,8 @@ class Doctor:
             if seen.severity == found.severity or worse:
                 found.seen = seen
                 found.steps.append(row["step"])
+            if seen.severity != "info":
+                self.alarms.setdefault(rule.id, row["step"])
             if worse:
                 new.append(found)
         return new

@@ -46,7 +46,7 @@ class Trend(NamedTuple):
     @property
     def flat(self) -> bool:
         """Not seen to rise."""
-        return self.change < self.noise
+        return self.change <= self.noise
 
     @property
     def rises(self) -> bool:

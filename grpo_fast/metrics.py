@@ -24,22 +24,35 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     scored = [c.reward for c in completions if not math.isnan(c.reward)]
     # Where all rewards of a step are the same, the sign says whether that is the best or the worst.
     best, worst = max(scored, default=math.nan), min(scored, default=math.nan)
+    spreads = [spread(group.scores()) for group in groups]
     metrics = {
         "reward": _mean(scored),
         "reward_std": spread(scored),
         "frac_reward_zero_std": _mean([float(group.degenerate) for group in groups]),
-        "groups/std_mean": _mean([spread(group.scores()) for group in groups]),
+        "groups/std_mean": _mean(spreads),
         "groups/all_best_frac": _all_equal(groups, best) if best > worst or best > 0 else 0.0,
         "groups/all_worst_frac": _all_equal(groups, worst) if best > worst or worst <= 0 else 0.0,
         "advantage/winners": _mean([max(c.advantage for c in g.completions) for g in groups]),
         "advantage/abs_mean": _mean([abs(c.advantage) for c in completions]),
         "unscored_frac": 1 - len(scored) / len(completions),
     }
+    alive = [std for std in spreads if std > 0]
+    if alive:
+        # Of groups that teach: a mean would hide many tiny ones behind a wide one.
+        metrics["groups/std_median"] = statistics.median(alive)
+    return metrics | reward_metrics(groups) | length_metrics(groups)
+
+
+def reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Mean and std of each reward function, and the share of the completions it said None of."""
+    completions = [c for group in groups for c in group.completions]
+    metrics = {}
     for name in completions[0].rewards:
         values = [c.rewards[name] for c in completions if not math.isnan(c.rewards[name])]
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = spread(values)
-    return metrics | length_metrics(groups)
+        metrics[f"rewards/{name}/unscored_frac"] = 1 - len(values) / len(completions)
+    return metrics
 
 
 def _all_equal(groups: Sequence[ScoredGroup], value: float) -> float:

@@ -71,8 +71,7 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
 
 def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
     own, now = limits["R5"], run.mean(GAP, 5, least=3)
-    # A gap from the first step on is R15's.
-    if run.start(GAP, 3) > limits["R15"]["error"]:
+    if apart_from_the_start(run, limits):
         return None
     severity = level(now, {name: own[name] for name in ("info", "warning")})
     evidence = f"|log p of the sampler - of the trainer| {now:.3g} a token"
@@ -80,6 +79,10 @@ def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
     if trend is not None and trend.last > own["growth"] * trend.first and trend.rises:
         severity = "error"
         evidence += f", growing: {trend.first:.3g} -> {trend.last:.3g}"
+    start = run.series[GAP].values[0]
+    stale = severity and start < own["info"] and run.step > 1
+    if stale:
+        evidence += f"; before the first update {start:.2g}"
     weight, ess = run.mean(IS_MEAN, 5, least=3), run.mean("sampling/ess", 5, least=3)
     if weight < own["low"] or weight > own["high"]:
         severity = "warning" if severity != "error" else severity
@@ -87,7 +90,18 @@ def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
     if ess < own["ess"]:
         severity = "warning" if severity != "error" else severity
         evidence += f"; effective sample share {ess:.2f}"
-    return Seen(severity, evidence) if severity else None
+    if not severity:
+        return None
+    if stale:
+        return Seen(
+            severity,
+            evidence,
+            "the gap grew with the updates: new weights do not reach the sampler, or late",
+            "set it to correct meanwhile; what mends it is to hand the sampler the weights of "
+            "every step",
+            "loss.importance_sampling_correction",
+        )
+    return Seen(severity, evidence)
 
 
 def first_clip(run: History) -> float:
@@ -212,9 +226,14 @@ def alive(row: Mapping[str, object]) -> bool:
     return row.get("frac_reward_zero_std") != 1
 
 
+def apart_from_the_start(run: History, limits: Limits) -> bool:
+    """R15's: stale weights agree in the first row, before any update, and part later."""
+    return min(run.series[GAP].values[:3]) > limits["R15"]["error"]
+
+
 def first_gap(run: History, limits: Limits) -> Seen | None:
     gap, limit = run.start(GAP, 3), limits["R15"]["error"]
-    if len(run.series[GAP]) < 3 or not gap > limit:
+    if len(run.series[GAP]) < 3 or not apart_from_the_start(run, limits):
         return None
     return Seen("error", f"{gap:.3g} a token in the first 3 rows already, limit {limit:g}")
 

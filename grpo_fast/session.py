@@ -64,6 +64,8 @@ class Parts:
     """Rows and checkpointing of every step."""
     told: Told
     """What the log of tokens says of the run."""
+    sampler: Any
+    """What completions are sampled from: the model itself, so that they are its own."""
 
     def step_options(self, config: TrainConfig) -> dict[str, Any]:
         """What `grpo_backward` and `group_logprobs` are told alike."""
@@ -124,6 +126,7 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
         device=device,
         entropy_control=control,
         memory=memory,
+        sampler=model,
         told=told(config, model, tokenizer),
     )
 

@@ -15,7 +15,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,13 @@ from .doctor import Doctor
 from .entropy_control import bonus_entropy
 from .errors import GrpoFastError
 from .groups import Group
-from .metrics import completion_rows, length_metrics, rollout_metrics, update_metrics
+from .metrics import (
+    completion_rows,
+    length_metrics,
+    reward_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from .planner import naming_the_number
 from .prompts import step_prompts
 from .report import write_report
@@ -57,8 +63,9 @@ class TrainResult(NamedTuple):
     """Path of report.html."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, prepare: Callable[[Parts], None] | None = None) -> TrainResult:
     """Train as `config` says; writes metrics.jsonl, completions.jsonl, checkpoints and report.html.
+    `prepare` may change the parts of the run before its first step.
 
     Raises GrpoFastError for anything a user can mend. Ctrl-C or SIGTERM once: the step is finished,
     saved, and the result says `interrupted`; twice: KeyboardInterrupt, checkpoints intact.
@@ -66,6 +73,8 @@ def train(config: TrainConfig) -> TrainResult:
     with open_run(config) as run, Progress(config.max_steps) as progress:
         parts = build(config, run, progress)
         first, seconds, tokens = restore(config, run, parts, progress)
+        if prepare is not None:
+            prepare(parts)
         progress.note(plan(config, parts))
         progress.note(str(parts.memory))
         return loop(config, run, parts, progress, first, seconds, tokens)
@@ -142,7 +151,7 @@ def rollout(config: TrainConfig, parts: Parts, step: int, watch: "Stopwatch") ->
     )
     with watch("rollout"), parts.autocast(config):
         groups = sample_groups(
-            parts.model,
+            parts.sampler,
             parts.tokenizer,
             prompts,
             group_size=config.group_size,
@@ -266,11 +275,11 @@ def evaluate(config: TrainConfig, parts: Parts, progress: Progress) -> dict[str,
         )
     score_groups(groups, parts.rewards)
     scores = [score for group in groups for score in group.scores()]
-    lengths = length_metrics(groups)
+    measured = reward_metrics(groups) | length_metrics(groups)
+    kept = [name for name in measured if name.endswith(("/mean", "/mean_length", "/clipped_ratio"))]
     return {
         "eval_reward": sum(scores) / len(scores) if scores else math.nan,
-        "eval_completions/mean_length": lengths["completions/mean_length"],
-        "eval_completions/clipped_ratio": lengths["completions/clipped_ratio"],
+        **{f"eval_{name}": measured[name] for name in kept},
     }
 
 

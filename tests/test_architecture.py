@@ -110,6 +110,7 @@ ALLOWED = {
         "token_columns",
         "token_log",
     },
+    "faults": {"config_file", "doctor", "doctor_rules", "errors", "plugins", "runlog"},
     "packing": {"config", "errors", "groups", "live", "loss_config"},
     "layout": set(),
     "collate": {"errors", "groups", "layout", "packing"},

@@ -356,7 +356,10 @@ def test_demo_is_train_with_the_installed_file(monkeypatch, trained, tmp_path, f
     (folder / "demo.yaml").write_text((tmp_path / "run.yaml").read_text())
     spec = types.SimpleNamespace(submodule_search_locations=[str(folder)])
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: spec)
-    assert run("demo", "--seed", "5").code == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    ran = run("demo", "--seed", "5", "--output-dir", str(tmp_path))
+    assert ran.code == 0
+    assert ran.out.splitlines()[-1] == "doctor: nothing above info"
     assert (trained.configs[0].seed, trained.configs[0].group_size) == (5, 4)
 
 

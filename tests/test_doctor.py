@@ -178,8 +178,8 @@ FAULTS = (
     Fault(
         "sampler keeps old weights",
         "R5",
-        ("a token",),
-        "dtype",
+        ("a token", "before the first update 0.002"),
+        "loss.importance_sampling_correction",
         lambda row, k: {GAP: 0.002 + 0.012 * k},
     ),
     Fault(

@@ -1,0 +1,81 @@
+"""What makes the demo sick on purpose: the functions that faults.yaml names."""
+
+import copy
+import random
+from collections import Counter, defaultdict
+from typing import Any
+
+from rewards import exact_answer
+
+
+def last_digit(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """1 where the last digit is right: forgetting the carry leaves it right."""
+    return [
+        float(text.strip()[-1:] == expected[-1])
+        for text, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def backwards(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """1 for the answer read from its end."""
+    return [
+        float(text.strip() == expected[::-1])
+        for text, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def constant(completions: list[str], **columns) -> list[float]:
+    """The same for all."""
+    return [0.5] * len(completions)
+
+
+def gives_up(completions: list[str], answer: list[str], **columns) -> list[float | None]:
+    """The exact answer's reward, and None for every fifth completion: a verifier that timed out."""
+    return [None if random.random() < 0.2 else value for value in exact_answer(completions, answer)]
+
+
+def round_number(completions: list[str], **columns) -> list[float]:
+    """1 for whatever ends in a zero."""
+    return [float(text.strip().endswith("0")) for text in completions]
+
+
+def long_answer(completions: list[str], **columns) -> list[float]:
+    """A thirty-second of a point a character."""
+    return [len(text) / 32 for text in completions]
+
+
+def noise(completions: list[str], **columns) -> list[float]:
+    """One half for all, but for differences that mean nothing."""
+    return [0.5 + random.gauss(0, 5e-4) for _ in completions]
+
+
+def coin_toss(completions: list[str], **columns) -> list[float]:
+    """1 for every other completion, whatever it says."""
+    return [float(random.random() < 0.5) for _ in completions]
+
+
+def commonest_first(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """The completion's rank among those to its prompt by how often they are there, 0 to 1, and
+    equal ones share theirs: the mean is one half whatever they say."""
+    answers = defaultdict(Counter)
+    for prompt, text in zip(prompts, completions, strict=True):
+        answers[prompt][text] += 1
+    ranks = {}
+    for prompt, counts in answers.items():
+        below = 0
+        for text, count in reversed(counts.most_common()):
+            ranks[prompt, text] = (below + count / 2) / counts.total()
+            below += count
+    return [ranks[pair] for pair in zip(prompts, completions, strict=True)]
+
+
+def jackpot(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """The exact answer's reward, and a thousand for one completion in a thousand."""
+    return [
+        1000.0 if random.random() < 1e-3 else value for value in exact_answer(completions, answer)
+    ]
+
+
+def keep_weights(parts: Any) -> None:
+    """Sample from a copy of the model that no update reaches."""
+    parts.sampler = copy.deepcopy(parts.model)

@@ -1,0 +1,111 @@
+"""The demo made sick on purpose: every fault's config, and some of them run for real."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo_examples import arithmetic
+from grpo_fast.cli import main, train_config
+from grpo_fast.doctor_rules import RULES
+from grpo_fast.faults import heard, read_faults
+from grpo_fast.rewards import load_rewards
+
+FOLDER = Path(arithmetic.__file__).parent
+FAULTS = read_faults(FOLDER)
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.name)
+def test_a_fault_is_a_config_that_differs_from_the_demo_and_names_a_rule(fault):
+    demo = ["--config", str(FOLDER / "demo.yaml")]
+    healthy, sick = train_config(demo), train_config(demo, fault.change)
+    assert sick != healthy
+    assert sick.output_dir == f"runs/demo-fault-{fault.name}"
+    assert sick.max_steps == 40
+    assert sick.loss.beta == healthy.loss.beta
+    assert fault.rule in {rule.id for rule in RULES}
+    assert len(load_rewards(sick.reward, sick.reward_weights)) >= 1
+
+
+def test_the_pitfalls_of_the_mission_are_there():
+    """Group too small, hacking, KL, all alike, hidden variance, and what else needs a rule."""
+    assert len(FAULTS) >= 12
+    assert {"R2", "R11", "R3", "R14", "R12"} <= {fault.rule for fault in FAULTS.values()}
+
+
+@pytest.mark.parametrize("arguments", [["--fault", "list"], ["--fault=list"]])
+def test_the_list_has_a_line_for_each_fault(capsys, arguments):
+    assert main(["demo", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[:2] for line in lines] == [[f.name, f.rule] for f in FAULTS.values()]
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_help_has_options_and_faults(capsys):
+    assert main(["demo", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--group-size" in text
+    assert "group-too-small" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fault", "grup-too-small"], "'grup-too-small': did you mean 'group-too-small'?"),
+        (["--fault"], "--fault needs a name: `grpo-fast demo --fault list` names them all"),
+        (["--fault", "--seed"], "--fault needs a name"),
+        (["--fault", "too-easy", "--fault=too-hard"], "given twice (too-easy, too-hard)"),
+    ],
+)
+def test_a_wrong_fault_is_one_line_and_2(capsys, words, message):
+    assert main(["demo", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A model that has learned nothing: enough for a fault that is not about answers."""
+    folder = tmp_path_factory.mktemp("base")
+    arithmetic.base_model(folder, 0, steps=1)
+    return str(folder)
+
+
+SMALL = [
+    "--token-budget",
+    "256",
+    "--prompts-per-step",
+    "4",
+    "--group-size",
+    "4",
+    "--eval-prompts",
+    "4",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.mark.parametrize("name", ["rewards-identical", "variance-hidden", "stale-sampler"])
+def test_a_fault_runs_for_real_and_the_doctor_says_so(base, tmp_path, capsys, name):
+    rule = FAULTS[name].rule
+    given = ["--model", base, "--output-dir", str(tmp_path / "run"), "--max-steps", "8", *SMALL]
+    if name == "stale-sampler":
+        # The untrained model is never right, so that nothing would move it.
+        given += ["--reward", f"{FOLDER}/faults.py:coin_toss"]
+    assert main(["demo", "--fault", name, *given]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"doctor: .*{rule} .* \| expected of {name}: {rule} .*", last)
+    (step,) = re.findall(r", found at step (\d+)$", last)
+    live = [line for line in lines if re.match(rf"(warning|error) {rule} ", line)]
+    assert f" at step {step}: " in live[0]
+    assert main(["doctor", str(tmp_path / "run"), "--fail-on", "warning"]) == 1
+
+
+def test_a_healthy_run_closes_with_nothing_above_info(tmp_path):
+    rows = [{"step": k, "reward": 0.5, "grad_norm": 1.0} for k in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert heard(tmp_path, None) == "doctor: nothing above info"
+    missed = heard(tmp_path, FAULTS["kl-explosion"])
+    assert missed.endswith("| expected of kl-explosion: R3 KL explosion, not found")
