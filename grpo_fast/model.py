@@ -292,7 +292,9 @@ def check_head(model) -> None:
         if model.get_decoder() is model:
             raise ConfigError(f"{type(model).__name__} has no decoder apart from its head")
         hidden = hidden_states(model, ids)
-        logits = model(input_ids=ids, use_cache=False).logits
+        # Accelerate's mixed precision is around the whole forward, and not around its decoder.
+        forward = getattr(model, "_original_forward", model)
+        logits = forward(input_ids=ids, use_cache=False).logits
     if not hidden.isfinite().all():
         raise ConfigError(
             f"{type(model).__name__} gives NaN or inf on four tokens: its weights are damaged"

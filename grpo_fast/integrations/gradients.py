@@ -57,9 +57,7 @@ def whole_or_none(model: nn.Module) -> Iterator[None]:
     except BaseException as error:
         for parameter in model.parameters():
             parameter.grad = None
-        error.add_note(
-            "grpo-fast: the gradients of this optimizer step are dropped, begin it again"
-        )
+        error.add_note("grpo-fast dropped all gradients of this optimizer step: begin it again")
         raise
 
 

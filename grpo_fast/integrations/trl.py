@@ -151,18 +151,19 @@ class GRPOTrainer(Host):
             return super()._compute_loss(network if self._averages() else model, inputs)
         config, denominators = self._step_loss(inputs)
         make = self._packed if depth == "packed" else self._fused
-        with profiling_context(self, POLICY_PASS), self._forward():
-            loss, logps, entropy = make(network, inputs, config, denominators)
-        # Where a token is no part of the loss, a ratio of 1: TRL takes exp before it masks.
-        other = inputs.get("old_per_token_logps")
-        if other is not None:
-            logps = torch.where(_mask(inputs).bool(), logps, other)
-        self._measured = (logps, entropy)
-        try:
-            with torch.no_grad():
-                super()._compute_loss(model, inputs)
-        finally:
-            self._measured = None
+        with whole_or_none(network) if depth == "packed" else contextlib.nullcontext():
+            with profiling_context(self, POLICY_PASS), self._forward():
+                loss, logps, entropy = make(network, inputs, config, denominators)
+            # Where a token is no part of the loss, a ratio of 1: TRL takes exp before it masks.
+            other = inputs.get("old_per_token_logps")
+            if other is not None:
+                logps = torch.where(_mask(inputs).bool(), logps, other)
+            self._measured = (logps, entropy)
+            try:
+                with torch.no_grad():
+                    super()._compute_loss(model, inputs)
+            finally:
+                self._measured = None
         return loss
 
     def _get_per_token_logps_and_entropies(
@@ -267,15 +268,14 @@ class GRPOTrainer(Host):
             advantages=inputs["advantages"],
             logprobs=known,
         )
-        with whole_or_none(model):
-            output = grpo_backward(
-                model,
-                groups,
-                loss=config,
-                chunking=self._chunking(),
-                denominator=denominators.policy,
-                entropy_denominator=denominators.entropy,
-            )
+        output = grpo_backward(
+            model,
+            groups,
+            loss=config,
+            chunking=self._chunking(),
+            denominator=denominators.policy,
+            entropy_denominator=denominators.entropy,
+        )
         # TRL's metrics are of every token, also of those that teach nothing.
         dead, places = dead_groups(groups, config)
         if dead:

@@ -45,7 +45,7 @@ def not_fused(trainer: Any, config: LossConfig) -> str | None:
     """Why the loss has to stay TRL's, as far as trainer and config tell."""
     accelerator, args = trainer.accelerator, trainer.args
     several, alike = accelerator.num_processes > 1, replicated(accelerator)
-    hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", "no")
+    hook = str(getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", "no"))
     reasons = {
         "FSDP holds the parameters": trainer.is_fsdp_enabled,
         "DeepSpeed holds the gradients": trainer.is_deepspeed_enabled,

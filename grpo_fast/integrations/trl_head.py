@@ -107,12 +107,8 @@ class ChunkedLogProb(torch.autograd.Function):
     for a product. chunk_size changes nothing: `chunked.chunks` says how rows are cut.
     """
 
-    @classmethod
-    @torch.compiler.disable  # it cuts rows by their number: a graph would be of one length
-    def apply(cls, *arguments):
-        return super().apply(*arguments)
-
     @staticmethod
+    @torch.compiler.disable  # rows are cut by their number: a graph would be of that many
     def forward(
         ctx,
         hidden,

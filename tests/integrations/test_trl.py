@@ -12,7 +12,7 @@ import torch
 # Puts the hosts onto the path.
 from grpo_bench.hosts import PEERS
 from grpo_fast.errors import ConfigError, InputError
-from grpo_fast.tiny import save_tiny, tiny_tokenizer
+from grpo_fast.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
@@ -475,6 +475,97 @@ def test_absolute_positions_are_not_packed(tmp_path, caplog):
 def test_depth_own_turns_it_off(folder, monkeypatch):
     monkeypatch.setattr(drop_in(), "depth", "own")
     assert_same_training(folder, depth="own")
+
+
+def gradients_of_one_step(kind, folder, **options):
+    """(gradients, dtypes that a layer gave) of a step on completions that are always the same."""
+    from transformers import TrainerCallback
+
+    found, dtypes = {}, set()
+
+    class Read(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **more):
+            found.update({name: x.grad.clone() for name, x in model.named_parameters()})
+
+    def adjust(trainer):
+        trainer.add_callback(Read())
+        layer = trainer.model.model.layers[0].self_attn.q_proj
+        layer.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
+
+    options = {"rollout_func": rollout, "max_steps": 1, "max_grad_norm": 0.0} | options
+    trainer = trained(kind, folder, adjust=adjust, beta=0.04, **options)
+    return torch.cat([x.reshape(-1).double() for x in found.values()]), dtypes, trainer
+
+
+@pytest.mark.parametrize("depth", ["packed", "fused", "kernel"])
+def test_bfloat16_is_as_exact_as_trl_s(folder, monkeypatch, depth):
+    """Against float32, which is four digits closer to the truth than either."""
+    monkeypatch.setattr(drop_in(), "depth", depth)
+    exact, dtypes, _ = gradients_of_one_step(host_class(), folder)
+    assert dtypes == {torch.float32}
+    theirs, dtypes, stock = gradients_of_one_step(host_class(), folder, bf16=True)
+    assert dtypes == {torch.bfloat16}
+    found, dtypes, trainer = gradients_of_one_step(drop_in(), folder, bf16=True)
+    assert dtypes == {torch.bfloat16}
+    assert trainer._taken == depth
+    error, there = ((x - exact).norm().item() for x in (found, theirs))
+    assert error <= 2 * there <= 0.1 * exact.norm().item()
+    assert trainer.state.log_history[0].keys() == stock.state.log_history[0].keys()
+    loss, expected = (x.state.log_history[0]["loss"] for x in (trainer, stock))
+    assert loss == pytest.approx(expected, abs=0.01)
+
+
+def test_a_masked_token_without_a_probability_leaves_the_metrics_whole(tmp_path):
+    """What no loss holds is 0 here and -100 in the pass before: a ratio of inf, times 0."""
+    torch.manual_seed(0)
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 400
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    options = {"rollout_func": rollout, "beta": 0.04, "learning_rate": 0.0, **TWO_ITERATIONS}
+    theirs, ours = (trained(kind, tmp_path, **options) for kind in (host_class(), drop_in()))
+    for expected, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        for name in ("loss", "kl", "entropy", "clip_ratio/region_mean"):
+            if name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
+
+
+def test_after_an_error_in_a_micro_batch_no_gradient_is_left(folder, monkeypatch):
+    from grpo_fast import step
+
+    row_loss, rows = step._row_loss, []
+
+    def failing(*arguments):
+        rows.append(arguments)
+        if len(rows) == 4:
+            raise RuntimeError("out of memory")
+        return row_loss(*arguments)
+
+    monkeypatch.setattr(step, "_row_loss", failing)
+    monkeypatch.setattr(step, "group_budget", lambda groups, device: 40)
+    trainer = trainer_of(drop_in(), folder, gradient_accumulation_steps=4)
+    with pytest.raises(RuntimeError, match="out of memory") as error:
+        trainer.train()
+    assert error.value.__notes__ == [
+        "grpo-fast dropped all gradients of this optimizer step: begin it again"
+    ]
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("depth", ["packed", "fused", "kernel", "own"])
+def test_the_profiler_sees_the_passes_that_it_sees_in_trl(folder, monkeypatch, depth):
+    from trl.extras.profiling import ProfilingContext
+
+    names: list[str] = []
+    monkeypatch.setattr(drop_in(), "depth", depth)
+    monkeypatch.setattr(ProfilingContext, "_log_metrics", lambda self, _: names.append(self.name))
+    passes = []
+    for kind in (host_class(), drop_in()):
+        names.clear()
+        trained(kind, folder, beta=0.04, **TWO_ITERATIONS)
+        passes.append(sorted(names))
+    assert passes[0] == passes[1]
+    assert "GRPOTrainer._get_per_token_logps_and_entropies" in passes[0]
 
 
 def test_prompts_are_forwarded_once(folder, monkeypatch):
