@@ -203,6 +203,26 @@ def test_the_sampler_s_weight_under_the_mask_is_no_part_of_vespo(padding):
 
 
 @pytest.mark.host
+@pytest.mark.parametrize("size", [(6,), (6, 9)], ids=str)
+def test_vespo_on_policy_still_has_the_sampler_s_weight(size):
+    given = inputs("vespo")
+    ratio = torch.rand(size, generator=torch.Generator().manual_seed(2)) + 0.5
+    if len(size) == 2:
+        ratio = ratio.masked_fill(given["attention_mask"] == 0, 1.0)
+    given |= {"vllm_is_ratio": ratio, "old_per_token_logps": None}
+    assert_same(given, loss_type="vespo", beta=0.0, use_ref_model=False, temperature=0.7)
+
+
+@pytest.mark.host
+def test_of_two_references_the_log_probs_are_read_and_that_is_said():
+    given = inputs(reference="logps")
+    alone = run(LigerFusedLinearGRPOLoss, given)[0]
+    two = given | {"ref_input": 2 * given["_input"], "ref_weight": given["lin_weight"]}
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        assert torch.equal(run(LigerFusedLinearGRPOLoss, two)[0], alone)
+
+
+@pytest.mark.host
 def test_on_policy_without_old_log_probs_and_with_a_frozen_head():
     given = inputs()
     del given["old_per_token_logps"]
@@ -285,11 +305,6 @@ def test_what_liger_ignores_is_refused(options, words):
     "options, more, words",
     [
         ({"beta": 0.1}, {}, "needs a reference: pass ref_per_token_logps"),
-        (
-            {"beta": 0.0, "loss_type": "vespo"},
-            {"vllm_is_ratio": torch.ones(6), "old_per_token_logps": None},
-            "needs old_per_token_logps",
-        ),
         ({"beta": 0.0}, {"vllm_is_ratio": torch.ones(5)}, "vllm_is_ratio has shape (5,)"),
     ],
     ids=str,
