@@ -5,6 +5,7 @@ Shapes: `S` sequences, `L` padded length, `D` hidden, `V` vocabulary.
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         mask = attention_mask != 0
         config, more = self.config, {}
         if config.beta:
+            if ref_per_token_logps is not None and ref_input is not None:
+                warnings.warn("ref_input is not read. Using ref_per_token_logps.", stacklevel=2)
             if ref_per_token_logps is None:
                 reference = (ref_input, ref_weight, ref_bias)
                 ref_per_token_logps = self._reference(selected_token_ids, mask, *reference)
@@ -125,6 +128,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if vllm_is_ratio is not None:
             ratio = _ratio(vllm_is_ratio, mask)
             if config.loss_type == "vespo":
+                if old_per_token_logps is None:
+                    # On policy: the weight is that of the sampler alone.
+                    old_per_token_logps = self._logprobs(
+                        selected_token_ids, mask, _input, lin_weight, bias
+                    )
                 more["sampler_logprobs"] = _sampler(ratio, mask, old_per_token_logps)
                 config = dataclasses.replace(config, **UNBOUNDED)
             else:
@@ -152,10 +160,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 f"beta = {self.config.beta} needs a reference: pass ref_per_token_logps, or "
                 "ref_input and ref_weight, or set beta = 0.0"
             )
-        with torch.no_grad():
-            targets = ids.masked_fill(~mask, 0)
-            options = {"bias": ref_bias, "temperature": self.config.temperature}
-            return linear_logprob(ref_input, ref_weight, targets, **options).logprobs
+        return self._logprobs(ids, mask, ref_input, ref_weight, ref_bias)
+
+    @torch.no_grad()
+    def _logprobs(self, ids, mask, hidden, weight, bias) -> Tensor:
+        targets = ids.masked_fill(~mask, 0)
+        options = {"bias": bias, "temperature": self.config.temperature}
+        return linear_logprob(hidden, weight, targets, **options).logprobs
 
 
 def _tokens_of_step(items: int | Tensor | None) -> float | Tensor | None:
@@ -186,13 +197,8 @@ def _ratio(ratio: Tensor, mask: Tensor) -> Tensor:
     return ratio.detach().reshape(sequences, -1)
 
 
-def _sampler(ratio: Tensor, mask: Tensor, old: Tensor | None) -> Tensor:
+def _sampler(ratio: Tensor, mask: Tensor, old: Tensor) -> Tensor:
     """Log-probs of the sampler, [S, L]: the weights `exp(old - sampler)` multiply to the ratio."""
-    if old is None:
-        raise ConfigError(
-            "vllm_is_ratio with loss_type 'vespo' needs old_per_token_logps: pass them, or leave "
-            "vllm_is_ratio out"
-        )
     log_weight = ratio.log().clamp(min=VESPO_LOG_LEAST)
     if ratio.shape[1] == 1:
         log_weight = log_weight / mask.sum(-1, keepdim=True).clamp(min=1)

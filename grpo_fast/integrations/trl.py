@@ -187,8 +187,8 @@ class GRPOTrainer(Host):
                     input_ids,
                     attention_mask,
                     logits_to_keep,
-                    batch_size,
-                    compute_entropy,
+                    batch_size=batch_size,
+                    compute_entropy=compute_entropy,
                     **more,
                 )
         network = self.accelerator.unwrap_model(model)

@@ -166,6 +166,62 @@ def test_the_weight_of_the_sampler_is_liger_s(name, shape):
     assert_same(given | {"vllm_is_ratio": ratio}, **options)
 
 
+def vespo_in_float64(given: dict, ratio: Tensor, *, k: tuple, lam: tuple) -> tuple[Tensor, Tensor]:
+    """VESPO's loss, mean of all live tokens, and its gradient in the hidden states, a sequence at a
+    time without what is under the mask; k and lam for a positive and a negative advantage."""
+    hidden = given["_input"].double().requires_grad_()
+    log_p = (hidden @ given["lin_weight"].double().T).log_softmax(-1)
+    total, mask = 0.0, given["attention_mask"].bool()
+    for s, live in enumerate(mask):
+        ids, advantage = given["selected_token_ids"][s, live], given["advantages"][s].double()
+        logp = log_p[s, live].gather(-1, ids[:, None])[:, 0]
+        log_ratio = logp.detach() - given["old_per_token_logps"][s, live].double()
+        log_w = (log_ratio + ratio[s, live].double().log()).sum()
+        side = int(advantage < 0)
+        phi = (lam[side] + k[side] * log_w - lam[side] * log_w.exp()).exp()
+        total = total - phi * advantage * logp.sum()
+    loss = total / mask.sum()
+    return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("padding", [1.0, 0.0, 7.0, float("inf"), float("nan")])
+def test_the_sampler_s_weight_under_the_mask_is_no_part_of_vespo(padding):
+    """Liger multiplies it to the weight of the sequence, so that all but 1 is another loss."""
+    given = inputs("vespo")
+    mask = given["attention_mask"].bool()
+    ratio = torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) + 0.5
+    ratio = ratio.masked_fill(~mask, padding)
+    options = {"loss_type": "vespo", "beta": 0.0, "use_ref_model": False}
+    given["vllm_is_ratio"] = ratio
+    loss, _, gradients = run(LigerFusedLinearGRPOLoss, given, **options)
+    right, slope = vespo_in_float64(given, ratio, k=(2.0, 3.0), lam=(3.0, 2.0))
+    assert float(loss.detach()) == pytest.approx(float(right), abs=LIMIT)
+    assert float((gradients["_input"] - slope).abs().max() / slope.abs().max()) <= LIMIT
+    there = run(theirs(), given, **options)[0].detach()
+    assert (abs(float(there) - float(right)) < LIMIT) == (padding == 1.0)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("size", [(6,), (6, 9)], ids=str)
+def test_vespo_on_policy_still_has_the_sampler_s_weight(size):
+    given = inputs("vespo")
+    ratio = torch.rand(size, generator=torch.Generator().manual_seed(2)) + 0.5
+    if len(size) == 2:
+        ratio = ratio.masked_fill(given["attention_mask"] == 0, 1.0)
+    given |= {"vllm_is_ratio": ratio, "old_per_token_logps": None}
+    assert_same(given, loss_type="vespo", beta=0.0, use_ref_model=False, temperature=0.7)
+
+
+@pytest.mark.host
+def test_of_two_references_the_log_probs_are_read_and_that_is_said():
+    given = inputs(reference="logps")
+    alone = run(LigerFusedLinearGRPOLoss, given)[0]
+    two = given | {"ref_input": 2 * given["_input"], "ref_weight": given["lin_weight"]}
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        assert torch.equal(run(LigerFusedLinearGRPOLoss, two)[0], alone)
+
+
 @pytest.mark.host
 def test_on_policy_without_old_log_probs_and_with_a_frozen_head():
     given = inputs()
@@ -249,11 +305,6 @@ def test_what_liger_ignores_is_refused(options, words):
     "options, more, words",
     [
         ({"beta": 0.1}, {}, "needs a reference: pass ref_per_token_logps"),
-        (
-            {"beta": 0.0, "loss_type": "vespo"},
-            {"vllm_is_ratio": torch.ones(6), "old_per_token_logps": None},
-            "needs old_per_token_logps",
-        ),
         ({"beta": 0.0}, {"vllm_is_ratio": torch.ones(5)}, "vllm_is_ratio has shape (5,)"),
     ],
     ids=str,
