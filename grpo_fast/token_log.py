@@ -201,12 +201,12 @@ def _encode(meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     entries = {name: np.asarray(values, dtypes[name]) for name, values in arrays.items()}
     entries["meta"] = np.array(json.dumps(meta, allow_nan=False))
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as file:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         for name, values in entries.items():
+            column = io.BytesIO()
+            np.lib.format.write_array(column, values, allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w") as stream:
-                np.lib.format.write_array(stream, values, allow_pickle=False)
+            file.writestr(entry, column.getbuffer(), zipfile.ZIP_DEFLATED, _LEVEL)
     return buffer.getvalue()
 
 

@@ -306,6 +306,36 @@ def test_without_a_log_the_push_is_measured_all_the_same(model):
         assert found.keys() == names
 
 
+def test_kl_is_measured_to_whom_it_says(model):
+    for known, names in (
+        ("", set()),
+        ("ref", set()),
+        ("old", {"kl/old_k3"}),
+        ("sampler", {"kl/sampler_k3"}),
+        ("old sampler", {"kl/old_k3", "kl/sampler_k3"}),
+    ):
+        groups = groups_of(model, known)
+        if "sampler" in known:
+            groups[0].sampler_logprobs[0].fill_(math.nan)
+        config = LossConfig(skip_zero_advantage=False)
+        output = grpo_backward(model, groups, loss=config)
+        found = log_tokens(
+            None, TOLD, scored_of(groups), groups, output, config, step=1, iteration=0
+        )
+        assert found.keys() - {"push/eos"} == names
+
+        def flat(name, groups=groups):
+            return torch.cat([x for group in groups for x in getattr(group, name)]).double()
+
+        mask = torch.tensor([m for g in groups for ms in g.completion_masks for m in ms]).bool()
+        own = torch.cat(output.logprobs).double()
+        old = flat("old_logprobs") if "old" in known else own
+        for name in names:
+            d = own - old if name == "kl/old_k3" else old - flat("sampler_logprobs")
+            d = d[mask & ~d.isnan()]
+            assert found[name] == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-5)
+
+
 def test_a_user_s_objective_is_named(tmp_path, model):
     def mine(tokens, config):
         return -tokens.advantages * tokens.logprobs
