@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from .errors import InputError
 from .runlog import read_completions, read_metrics, read_saved_config
 from .token_log import TokenStep, read_token_step, read_token_steps, read_vocabulary
 
@@ -53,8 +52,6 @@ def open_records(path: str | Path) -> Records:
     Raises InputError, in one sentence, for anything else.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"no run at {folder}: expected a run folder")
     rows = read_metrics(folder)
     return Records(
         name=folder.resolve().name,

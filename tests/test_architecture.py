@@ -79,7 +79,7 @@ ALLOWED = {
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
     "token_log": {"errors"},
-    "records": {"errors", "runlog", "token_log"},
+    "records": {"runlog", "token_log"},
     "token_choice": set(),
     "token_columns": {
         "aggregation",

@@ -16,7 +16,13 @@ from grpo_fast import ConfigError, LossConfig, train, trainer
 from grpo_fast.config import TrainConfig
 from grpo_fast.records import open_records
 from grpo_fast.tiny import save_tiny, tiny_tokenizer
-from grpo_fast.token_log import read_token_step, read_token_steps, read_vocabulary
+from grpo_fast.token_log import (
+    COLUMNS,
+    MORE_COLUMNS,
+    read_token_step,
+    read_token_steps,
+    read_vocabulary,
+)
 
 REWARD = """
 def many_a(completions, **columns):
@@ -186,3 +192,20 @@ def test_the_log_takes_a_small_part_of_a_step(world, tmp_path, one_thread):
     rows = open_records(tmp_path / "run").rows[1:]
     share = statistics.median(row["time/token_log"] / row["step_time"] for row in rows)
     assert share < 0.10
+
+
+def test_the_snippet_of_the_docs_runs_on_a_run(world, tmp_path, capsys):
+    train(config_of(world, tmp_path / "run", max_steps=1))
+    page = (Path(__file__).parent.parent / "docs/tokens.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("runs/mine", str(tmp_path / "run")), {})
+    assert "[1. 1." in capsys.readouterr().out
+
+
+def test_the_docs_name_every_entry_of_a_step(world, tmp_path):
+    train(config_of(world, tmp_path / "run", max_steps=1, num_iterations=2))
+    page = (Path(__file__).parent.parent / "docs/tokens.md").read_text(encoding="utf-8")
+    step = read_token_step(tmp_path / "run", 1)
+    group = step.meta["groups"][0]
+    for names in (step.arrays, step.meta, group, group["completions"][0], COLUMNS, MORE_COLUMNS):
+        assert [name for name in names if f"`{name}`" not in page] == []
