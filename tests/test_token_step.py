@@ -16,7 +16,7 @@ from grpo_fast.step import group_logprobs, grpo_backward
 from grpo_fast.tiny import tiny_model
 from grpo_fast.token_choice import chosen_groups, evenly, kept_in_words
 from grpo_fast.token_columns import push_table, step_columns
-from grpo_fast.token_log import TokenLog, read_token_step, read_token_steps
+from grpo_fast.token_log import TokenLog, read_token_step, read_token_steps, read_vocabulary
 from grpo_fast.token_step import Told, distances, log_tokens
 
 VOCABULARY = 50
@@ -359,6 +359,43 @@ def test_a_step_of_nan_is_kept_as_nan(tmp_path, model):
     step = read_token_step(tmp_path, 1)
     assert np.isnan(step.arrays["logprobs"]).all()
     json.dumps(step.meta, allow_nan=False)
+
+
+def test_tensors_and_ids_that_are_none_where_masked(tmp_path, model):
+    groups = groups_of(model, "old")
+    tensors = [
+        dataclasses.replace(
+            group,
+            completion_ids=[torch.tensor(ids) for ids in group.completion_ids],
+            completion_masks=[torch.tensor(mask) for mask in group.completion_masks],
+        )
+        for group in groups
+    ]
+    assert not tensors[2].completion_masks[-1][0]
+    output = grpo_backward(model, tensors)
+    columns = step_columns(groups, output, LossConfig())
+    # As hosts mark what is not to be learned; the loss does not look at it.
+    tensors[2].completion_ids[-1][0] = -100
+    again = step_columns(tensors, output, LossConfig())
+    assert np.array_equal(again.slope, columns.slope)
+    assert push_table(again, (1,)) == push_table(columns, (1,))
+    log = TokenLog(tmp_path, budget_mb=1, max_steps=1)
+    scored = scored_of(groups)
+    log_tokens(log, TOLD, scored, tensors, output, LossConfig(), step=1, iteration=0)
+    assert -100 in read_token_step(tmp_path, 1).arrays["token_ids"]
+    assert min(read_vocabulary(tmp_path)) >= 0
+
+
+def test_a_step_that_is_masked_whole_pushes_nothing(model):
+    masked = [
+        dataclasses.replace(
+            group, completion_masks=[[0] * len(ids) for ids in group.completion_ids]
+        )
+        for group in groups_of(model, "")
+    ]
+    output = grpo_backward(model, masked)
+    found = push_table(step_columns(masked, output, LossConfig()), (1,))
+    assert found == {"up": [], "down": [], "eos": 0.0}
 
 
 def test_steps_beyond_the_budget_are_measured_and_not_kept(tmp_path, model):
