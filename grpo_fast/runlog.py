@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,7 +79,7 @@ class RunLog:
             self._open[COMPLETIONS].write(_to_line(row))
 
     def _begin(self) -> None:
-        _write_config(self.folder, self._config)
+        write_config(self.folder, dataclasses.asdict(self._config))
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
         if self._config.log_tokens_mb:
             budget, steps = self._config.log_tokens_mb, self._config.max_steps
@@ -250,9 +250,11 @@ def _cut(path: Path, step: int) -> None:
         _write_atomically(path, "".join(map(_to_line, rows)))
 
 
-def _write_config(folder: Path, config: TrainConfig) -> None:
-    values = {"schema": SCHEMA, **dataclasses.asdict(config)}
-    _write_atomically(folder / CONFIG, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+def write_config(folder: Path, options: Mapping[str, Any]) -> None:
+    """config.json of a run with these options."""
+    values = {"schema": SCHEMA, **options}
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    _write_atomically(folder / CONFIG, text + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -161,6 +161,8 @@ ADAPTERS = {
     # A host's trainer is the caller of a step, like `trainer`.
     "trl": LEAVES | {"groups", "model", "ops", "step"},
     "padded": {"groups", "live", "loss_config"},
+    # Writes a run log, and says what our own trainer says of one.
+    "trl_callback": LEAVES | {"doctor", "import_lines", "report", "runlog"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
@@ -220,7 +222,7 @@ def test_import_arrows_of_the_adapters(name):
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
     assert siblings(path) <= {"hosts", "logprobs", "padded"} - {name}
     # A host is imported by name, when it is asked for; TRL's is a base class.
-    host = {"trl"} & {name}
+    host = {"trl": {"trl"}, "trl_callback": {"transformers"}}.get(name, set())
     assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names
 
 
