@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .errors import ConfigError, InputError
 from .token_log import FOLDER as TOKENS
 from .token_log import TokenLog, truncate_tokens
+from .track import Trackers
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -28,6 +29,8 @@ SCHEMA = 1
 BASE_MODEL = "base_model"
 # A folder that holds nothing else is ours to write in; an empty log is a run that never started.
 _OURS = {CONFIG, METRICS, COMPLETIONS, TOKENS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+# Of trackers.
+_OURS |= {"tensorboard", "wandb"}
 
 
 class RunLog:
@@ -39,6 +42,8 @@ class RunLog:
         self.checkpoints = folder / CHECKPOINTS
         self.tokens: TokenLog | None = None
         """None before the run starts, and where `log_tokens_mb` is 0."""
+        self.trackers: Trackers | None = None
+        """See the same rows, live."""
         self._config = config
         self._lock = lock
         self._open: dict[str, IO[str]] = {}
@@ -51,6 +56,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the logs and give the lock back."""
+        if self.trackers is not None:
+            self.trackers.close()
         for file in self._open.values():
             file.close()
         _unlock(self.folder, self._lock)
@@ -72,11 +79,15 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; NaN and infinity become null."""
         self._open[METRICS].write(_to_line({"step": step, **metrics}))
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
 
     def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append one line a row to completions.jsonl; a NaN reward becomes null."""
         for row in rows:
             self._open[COMPLETIONS].write(_to_line(row))
+        if self.trackers is not None:
+            self.trackers.log_completions(rows)
 
     def _begin(self) -> None:
         write_config(self.folder, dataclasses.asdict(self._config))

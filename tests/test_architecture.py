@@ -81,6 +81,10 @@ ALLOWED = {
     "token_log": {"errors"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records"},
     # A log of whoever is read without torch, too; of the trainer's metrics only the arithmetic.
+    "track": {"errors"},
+    "track_trackio": set(),
+    "track_tensorboard": set(),
+    "track_wandb": set(),
     "metrics": {"rollout", "token_choice"},
     "import_lines": {"errors", "metrics"},
     "import_trl": {"errors", "import_lines"},
