@@ -33,7 +33,8 @@ class Tracker:
         self._quiet(self._run.alert, title=title, text=text, level=level)
 
     def close(self) -> None:
-        self._quiet(self._run.finish)
+        # Not the run's own finish, which leaves it the current one and is called again at exit.
+        self._quiet(self._trackio.finish)
 
     def _quiet(self, call: Any, *given: Any, **named: Any) -> Any:
         # It prints, and the console is the progress line's.

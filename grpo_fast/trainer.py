@@ -116,10 +116,11 @@ def loop(
             last = step == config.max_steps or stop.requested
             run.log(step, metrics)
             findings = doctor.feed({"step": step, **metrics})
-            run.log_completions(completion_rows(step, groups, config.log_completions))
+            answers = completion_rows(step, groups, config.log_completions)
+            run.log_completions(answers)
             done = step
             if step % config.log_every == 0 or last:
-                progress.step(step, metrics)
+                progress.step(step, metrics, answers[0]["completion"] if answers else "")
             for finding in findings:
                 if finding.severity != "info":
                     progress.note(finding.line())
