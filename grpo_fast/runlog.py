@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .errors import ConfigError, InputError
 from .token_log import FOLDER as TOKENS
 from .token_log import TokenLog, truncate_tokens
+from .track import Trackers
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -28,6 +29,8 @@ SCHEMA = 1
 BASE_MODEL = "base_model"
 # A folder that holds nothing else is ours to write in; an empty log is a run that never started.
 _OURS = {CONFIG, METRICS, COMPLETIONS, TOKENS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+# Of trackers.
+_OURS |= {"tensorboard", "wandb"}
 
 
 class RunLog:
@@ -39,6 +42,8 @@ class RunLog:
         self.checkpoints = folder / CHECKPOINTS
         self.tokens: TokenLog | None = None
         """None before the run starts, and where `log_tokens_mb` is 0."""
+        self.trackers: Trackers | None = None
+        """See the same rows, live."""
         self._config = config
         self._lock = lock
         self._open: dict[str, IO[str]] = {}
@@ -51,6 +56,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the logs and give the lock back."""
+        if self.trackers is not None:
+            self.trackers.close()
         for file in self._open.values():
             file.close()
         _unlock(self.folder, self._lock)
@@ -72,14 +79,18 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; NaN and infinity become null."""
         self._open[METRICS].write(_to_line({"step": step, **metrics}))
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
 
     def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append one line a row to completions.jsonl; a NaN reward becomes null."""
         for row in rows:
             self._open[COMPLETIONS].write(_to_line(row))
+        if self.trackers is not None:
+            self.trackers.log_completions(rows)
 
     def _begin(self) -> None:
-        _write_config(self.folder, self._config)
+        write_config(self.folder, dataclasses.asdict(self._config))
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
         if self._config.log_tokens_mb:
             budget, steps = self._config.log_tokens_mb, self._config.max_steps
@@ -250,9 +261,11 @@ def _cut(path: Path, step: int) -> None:
         _write_atomically(path, "".join(map(_to_line, rows)))
 
 
-def _write_config(folder: Path, config: TrainConfig) -> None:
-    values = {"schema": SCHEMA, **dataclasses.asdict(config)}
-    _write_atomically(folder / CONFIG, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+def write_config(folder: Path, options: Mapping[str, Any]) -> None:
+    """config.json of a run with these options."""
+    values = {"schema": SCHEMA, **options}
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    _write_atomically(folder / CONFIG, text + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

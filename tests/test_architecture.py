@@ -82,6 +82,10 @@ ALLOWED = {
     "token_log": {"errors"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records"},
     # A log of whoever is read without torch, too; of the trainer's metrics only the arithmetic.
+    "track": {"errors"},
+    "track_trackio": set(),
+    "track_tensorboard": set(),
+    "track_wandb": set(),
     "metrics": {"rollout", "token_choice"},
     "import_lines": {"errors", "metrics"},
     "import_trl": {"errors", "import_lines"},
@@ -167,6 +171,8 @@ ADAPTERS = {
     "trl_versions": {"errors"},
     "padded": {"groups", "live", "loss_config"},
     "gradients": {"errors"},
+    # Writes a run log, and says what our own trainer says of one.
+    "trl_callback": LEAVES | {"doctor", "import_lines", "report", "runlog"},
 }
 # What adapters share, and what TRL's is made of.
 SHARED = {"gradients", "hosts", "logprobs", "padded"}
@@ -229,7 +235,9 @@ def test_import_arrows_of_the_adapters(name):
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
     assert siblings(path) <= SHARED - {name}
     # A host is imported by name, when it is asked for; TRL's is a base class.
-    host = {"trl"} & {name.removesuffix("_versions")}
+    host = {"trl": {"trl"}, "trl_versions": {"trl"}, "trl_callback": {"transformers"}}.get(
+        name, set()
+    )
     assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names
 
 
