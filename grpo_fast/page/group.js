@@ -83,7 +83,7 @@ function drawGroup(view) {
   view.forkPlaces = group.completions.map(() => new Set());
   for (const { depth, members } of view.forks) for (const place of members) view.forkPlaces[place].add(depth);
   $("xray-prompt").textContent = visiblePrompt(group.prompt);
-  $("xray-kept").textContent = `${plural(step.meta.groups.length, "group")} shown here; kept in the log: ${step.meta.kept}.`;
+  $("xray-kept").textContent = `Kept in the log: ${step.meta.kept}.`;
   const stored = group.completions.length;
   $("xray-about").textContent = `Step ${step.meta.step}, group ${group.index}` +
     (group.row == null || group.row === group.index ? "" : ` (dataset row ${group.row})`) +

@@ -112,7 +112,8 @@ def test_the_why_card_has_the_formula_filled_in(report, visit, make):
     at = group["completions"][index]["start"] + place
     ratio, advantage = step.arrays["ratio"][at], group["advantages"][index]
     branch = page.get_by_test_id("why-trained-branch").inner_text()
-    assert branch == f"ratio {ratio:.4g} > 1.28 and A = +{advantage:.4g}: clipped, gradient 0"
+    said = f"ratio {ratio:.4g} > 1.28 and A = +{advantage:.4g}: clipped, policy gradient 0"
+    assert branch == f"{said}, the KL stays"
     for name in ("log-prob", "old", "reference", "sampler", "KL", "entropy", "gradient mass"):
         assert page.get_by_test_id(f"why-{name}").inner_text()
     told = make[2](step, group, CONFIG)
@@ -266,3 +267,17 @@ def test_a_chart_tells_the_value_under_the_pointer(report, visit):
     assert seen[-1] == 10
     page.mouse.move(0, 0)
     assert value.inner_text() == "last 1"
+
+
+def test_a_finding_of_the_doctor_opens_the_token_that_shows_it(make, visit, tmp_path):
+    make_step, log, _, write_run, write_page = make
+    rows = [{"step": s, "reward": 0.1, "kl": 9.0 * s} for s in range(1, 41)]
+    path = write_page(write_run(tmp_path / "run", rows), log({40: make_step(CONFIG, step=40)}))
+    page = visit(path).page
+    link = page.locator("section.finding", has_text="KL explosion").get_by_test_id("shown-by")
+    assert link.inner_text().startswith("step 40 group ")
+    link.click()
+    page.locator(".t[aria-current]").wait_for()
+    assert page.get_by_test_id("channel-kl").get_attribute("aria-pressed") == "true"
+    assert page.get_by_test_id("why-trained").is_visible()
+    assert page.locator("#xray").bounding_box()["y"] < 100
