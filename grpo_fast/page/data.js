@@ -72,6 +72,11 @@ function short(x, signed = false) {
   return (signed && x > 0 ? "+" : "") + text.replace("-", "\u2212").replace("e\u2212", "e-");
 }
 
+// Two digits, for the legend.
+function brief(x) {
+  return short(Number(x.toPrecision(2)));
+}
+
 function percent(share) {
   return share === 0 ? "0 %" : `${short(100 * share)} %`;
 }

@@ -1,5 +1,7 @@
 // One group: its prompt, its completions in columns by reward, and what marks them.
 
+const MANY_TOKENS = 5000;
+
 function orderOf(group) {
   const rank = (c) => c.reward ?? -Infinity;
   return group.completions.map((_, place) => place).sort((a, b) => {
@@ -81,13 +83,15 @@ function drawGroup(view) {
   view.forkPlaces = group.completions.map(() => new Set());
   for (const { depth, members } of view.forks) for (const place of members) view.forkPlaces[place].add(depth);
   $("xray-prompt").textContent = visiblePrompt(group.prompt);
-  $("xray-kept").textContent = `${plural(step.meta.groups.length, "group")} shown here; kept in the log: ${step.meta.kept}.`;
+  $("xray-kept").textContent = `Kept in the log: ${step.meta.kept}.`;
   const stored = group.completions.length;
   $("xray-about").textContent = `Step ${step.meta.step}, group ${group.index}` +
     (group.row == null || group.row === group.index ? "" : ` (dataset row ${group.row})`) +
     `: ${stored === group.size ? plural(stored, "completion") : `${stored} of ${group.size} completions stored`}` +
     (group.chosen_by?.length ? `, kept as ${inWords(group.chosen_by)}` : "") +
     (step.meta.iteration ? `; iteration ${step.meta.iteration} of the step` : "") + ".";
+  const tokens = group.completions.reduce((sum, { start, stop }) => sum + stop - start, 0);
+  $("xray-columns").classList.toggle("many", tokens > MANY_TOKENS);
   $("xray-columns").replaceChildren(...view.order.map((place) => view.columns[place].element));
   drawForks(view);
   drawPush(view);

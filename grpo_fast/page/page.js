@@ -91,16 +91,26 @@ function go(stepPlace, groupPlace, wanted) {
   return open(stepPlace, clamp(groupPlace, 0, groups - 1), wanted).then(() => remember(view));
 }
 
+// Without a wish: of the last step the group whose completions differ most in reward.
+function mostTelling({ groups }) {
+  const spread = ({ rewards }) => {
+    const known = rewards.filter((r) => r != null);
+    const mean = known.reduce((a, b) => a + b, 0) / known.length;
+    return known.length ? known.reduce((sum, r) => sum + (r - mean) ** 2, 0) / known.length : 0;
+  };
+  const spreads = groups.map(spread);
+  return spreads.indexOf(Math.max(...spreads));
+}
+
 function goToFragment(scroll) {
   const wanted = readFragment();
-  const stepPlace = island.steps.findIndex(({ meta }) => meta.step === wanted.step);
-  if (wanted.step != null && stepPlace < 0) return false;
-  const { groups } = island.steps[Math.max(stepPlace, 0)].meta;
-  const groupPlace = groups.findIndex((group) => group.index === wanted.group);
-  open(Math.max(stepPlace, 0), Math.max(groupPlace, 0), wanted).then(() => {
+  const found = island.steps.findIndex(({ meta }) => meta.step === wanted.step);
+  const stepPlace = found < 0 ? island.steps.length - 1 : found;
+  const { meta } = island.steps[stepPlace];
+  const groupPlace = found < 0 ? -1 : meta.groups.findIndex((group) => group.index === wanted.group);
+  open(stepPlace, groupPlace < 0 ? mostTelling(meta) : groupPlace, wanted).then(() => {
     if (scroll) $("xray").scrollIntoView();
   });
-  return true;
 }
 
 function listenToKeys() {
@@ -141,7 +151,7 @@ function startXray() {
   listenToTokens(() => view);
   listenToKeys();
   addEventListener("hashchange", () => goToFragment(true));
-  if (!goToFragment(location.hash.includes("step="))) open(0, 0);
+  goToFragment(location.hash.includes("step="));
 }
 
 startTheme();

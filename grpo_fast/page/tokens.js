@@ -109,7 +109,7 @@ function paint(view) {
   markActive(view);
 }
 
-function rangeText(edges, level, format = short) {
+function rangeText(edges, level, format) {
   if (level === 0) return `< ${format(edges[0])}`;
   if (level === edges.length) return `\u2265 ${format(edges[level - 1])}`;
   return `${format(edges[level - 1])} \u2026 ${format(edges[level])}`;
@@ -122,7 +122,7 @@ function drawLegend(view) {
   if (!channel.array) STATES.forEach(([name, text]) => entries.push(entry(name, text)));
   else {
     const edges = edgesOf(view, view.channel);
-    const format = channel.sign ? (x) => short(-x) : short;
+    const format = channel.diverging ? short : channel.sign ? (x) => brief(-x) : brief;
     for (let level = 0; level <= edges.length; level++) {
       const name = channel.diverging ? `d${level - 3}` : `s${level}`;
       let text = rangeText(edges, level, format);

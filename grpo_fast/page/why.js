@@ -74,12 +74,13 @@ function branch(view, which, place, token) {
   const sequence = view.sequences[place];
   const [formula, numbers, meaning] = policyLines(config, sequence.lp[token], terms.ratio[token], advantages[place]);
   const loss = terms.weight * terms.term[token];
+  const said = config.beta ? meaning.replace("gradient 0", "policy gradient 0, the KL stays") : meaning;
   const cell = (name, value) => h("output", { "data-testid": `why-${which}-${name}`, "data-value": String(value) }, short(value, true));
   return h("div", { class: "branch", "data-testid": `why-${which}` },
     h("b", {}, `${title}, ${config.loss_type}`),
     h("code", {}, formula), h("code", {}, `= ${numbers}`),
     terms.kl && config.beta ? h("code", {}, klLine(config, terms.kl[token])) : null,
-    h("p", { "data-testid": `why-${which}-branch` }, meaning),
+    h("p", { "data-testid": `why-${which}-branch` }, said),
     h("p", {}, "loss ", cell("loss", loss), ` = ${short(terms.term[token], true)} \u00d7 ${short(terms.weight)}, which is `,
       WEIGHTS[addsUp(config)](sequence.length), "; d loss / d log p ", cell("slope", terms.slope[token])));
 }

@@ -1,5 +1,6 @@
 """The report as a person meets it: opened from disk, read, driven by mouse and by keys."""
 
+import numpy as np
 import pytest
 
 from grpo_fast.loss_config import LossConfig
@@ -24,20 +25,22 @@ def overflow(page) -> int:
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-def test_charts_and_the_first_group_are_there_at_once(report, visit):
+def test_charts_and_the_widest_group_of_the_last_step_are_there_at_once(report, visit):
     page = visit(report[0]).page
     assert page.locator("figure svg").count() == 2
     assert page.locator("figure svg").first.bounding_box()["height"] > 100
     assert page.get_by_test_id("xray-said").inner_text() == "3 of 3 steps embedded."
     assert "3 of 64 groups: best, worst, degenerate" in page.get_by_test_id("kept").inner_text()
     assert page.get_by_test_id("completion").count() == 5
-    tokens = sum(c["stop"] - c["start"] for c in report[1][1].meta["groups"][0]["completions"])
+    group = max(report[1][10].meta["groups"], key=lambda g: np.std(g["rewards"]))
+    ready(page, 10, group["index"])
+    tokens = sum(c["stop"] - c["start"] for c in group["completions"])
     assert page.locator("#xray-columns .t").count() == tokens
 
 
 def test_a_group_opens_with_its_completions_by_reward(report, visit):
     path, steps = report
-    page = visit(path).page
+    page = visit(path, "#step=1&group=0").page
     page.get_by_test_id("step").select_option(label="step 5")
     ready(page, 5, 0)
     page.get_by_test_id("group").select_option(label="group 14: best, highest KL")
@@ -109,7 +112,8 @@ def test_the_why_card_has_the_formula_filled_in(report, visit, make):
     at = group["completions"][index]["start"] + place
     ratio, advantage = step.arrays["ratio"][at], group["advantages"][index]
     branch = page.get_by_test_id("why-trained-branch").inner_text()
-    assert branch == f"ratio {ratio:.4g} > 1.28 and A = +{advantage:.4g}: clipped, gradient 0"
+    said = f"ratio {ratio:.4g} > 1.28 and A = +{advantage:.4g}: clipped, policy gradient 0"
+    assert branch == f"{said}, the KL stays"
     for name in ("log-prob", "old", "reference", "sampler", "KL", "entropy", "gradient mass"):
         assert page.get_by_test_id(f"why-{name}").inner_text()
     told = make[2](step, group, CONFIG)
@@ -168,7 +172,7 @@ def test_an_injected_script_would_not_run(report, visit, browser):
 
 
 def test_keys_alone_reach_groups_steps_and_tokens(report, visit):
-    page = visit(report[0]).page
+    page = visit(report[0], "#step=1&group=0").page
     page.keyboard.press("j")
     ready(page, 1, 7)
     page.keyboard.press("ArrowRight")
@@ -263,3 +267,17 @@ def test_a_chart_tells_the_value_under_the_pointer(report, visit):
     assert seen[-1] == 10
     page.mouse.move(0, 0)
     assert value.inner_text() == "last 1"
+
+
+def test_a_finding_of_the_doctor_opens_the_token_that_shows_it(make, visit, tmp_path):
+    make_step, log, _, write_run, write_page = make
+    rows = [{"step": s, "reward": 0.1, "kl": 9.0 * s} for s in range(1, 41)]
+    path = write_page(write_run(tmp_path / "run", rows), log({40: make_step(CONFIG, step=40)}))
+    page = visit(path).page
+    link = page.locator("section.finding", has_text="KL explosion").get_by_test_id("shown-by")
+    assert link.inner_text().startswith("step 40 group ")
+    link.click()
+    page.locator(".t[aria-current]").wait_for()
+    assert page.get_by_test_id("channel-kl").get_attribute("aria-pressed") == "true"
+    assert page.get_by_test_id("why-trained").is_visible()
+    assert page.locator("#xray").bounding_box()["y"] < 100
