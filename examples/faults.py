@@ -34,14 +34,16 @@ def gives_up(completions: list[str], answer: list[str], **columns) -> list[float
     return [None if random.random() < 0.2 else value for value in exact_answer(completions, answer)]
 
 
-def round_number(completions: list[str], **columns) -> list[float]:
-    """1 for whatever ends in a zero."""
-    return [float(text.strip().endswith("0")) for text in completions]
+def small_number(completions: list[str], **columns) -> list[float]:
+    """1 for zero, 0 for two hundred and for what is no number."""
+    return [
+        1 - min(int(text), 200) / 200 if text.strip().isdigit() else 0.0 for text in completions
+    ]
 
 
 def long_answer(completions: list[str], **columns) -> list[float]:
-    """A thirty-second of a point a character."""
-    return [len(text) / 32 for text in completions]
+    """A sixteenth of a point a character."""
+    return [len(text) / 16 for text in completions]
 
 
 def noise(completions: list[str], **columns) -> list[float]:

@@ -16,8 +16,8 @@ from .plugins import load_function
 from .runlog import read_metrics, read_saved_config
 
 FILE = "faults.yaml"
-# A fault is there from the first step, and half the prompts show it as well.
-SHORT = {"max_steps": 40, "prompts_per_step": 16, "eval_every": 5, "save_every": 0}
+# A fault is there from the first step, and a quarter of the prompts shows it as well.
+SHORT = {"max_steps": 40, "prompts_per_step": 8, "eval_every": 5, "save_every": 0}
 
 
 @dataclass(frozen=True, slots=True)

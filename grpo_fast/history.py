@@ -208,4 +208,19 @@ def solved(run: History, limits: Limits) -> bool:
 def reward_flat(run: History, limits: Limits, count: int) -> bool:
     """Not seen to rise, and not because nothing is left to gain."""
     trend = run.trend("reward", count)
-    return trend is not None and trend.flat and not solved(run, limits)
+    return (
+        trend is not None
+        and trend.flat
+        and not solved(run, limits)
+        and not held_out_rose(run, limits, count)
+    )
+
+
+def held_out_rose(run: History, limits: Limits, count: int) -> bool:
+    """Over the last `count` rows of the reward, which is noisier: other prompts every step."""
+    evals = run.series.get("eval_reward")
+    if evals is None or len(evals) < 2:
+        return False
+    rewards = run.series["reward"].steps
+    before = evals.around(rewards[max(len(rewards) - count, 0)], 1)
+    return evals.values[-1] - before > limits["R4"]["eval_gain"]

@@ -3,6 +3,7 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from .history import (
     History,
     Limits,
     Seen,
+    held_out_rose,
     level,
     measured,
     reward_flat,
@@ -41,8 +43,10 @@ def kl_explosion(run: History, limits: Limits) -> Seen | None:
     if not before or now <= own["floor"]:
         return None
     usual = statistics.median(before)
-    # Twice the last rows' highest, so that a steady climb is no jump.
-    if now > max(own["spike"] * usual, own["floor"], 2 * max(before[-5:])):
+    spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
+    # Far above the last rows' highest, so that a steep climb is no jump.
+    least = max(own["spike"] * usual, own["floor"], own["spike"] * max(before[-5:]))
+    if now > max(least, usual + own["sigma"] * spread):
         times = f"{now / usual:.1f} times the median" if usual > 0 else "from a median of 0"
         return Seen("warning", f"kl jumped to {now:.3g}{at}, {times} ({usual:.3g})")
     return None
@@ -57,10 +61,13 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
     now = run.mean("kl", 3)
     if now > own["speed"] * kl.last or now > limits["R3"]["warning"]:
         return None
-    if not kl.rises or solved(run, limits):
+    if not kl.rises or solved(run, limits) or held_out_rose(run, limits, slow(run, "reward")):
         return None
     reward = run.trend("reward", slow(run, "reward"))
     if reward is None or reward.change > own["noise"] * reward.noise:
+        return None
+    # Where prompts differ that much from step to step, a rise would not be seen either.
+    if reward.noise > own["blind"] * run.mean("reward_std", WINDOW):
         return None
     return Seen(
         "error" if reward.falls else "warning",
@@ -205,8 +212,10 @@ def gradient(run: History, limits: Limits) -> Seen | None:
             "check that the model's parameters require gradients, and that no log-prob is detached",
             "model",
         )
-    before = run.before("grad_norm", RECENT)
-    if not before or norm <= own["ratio"] * min(before):
+    # A step in which all groups were dead has nearly no gradient, and is no measure.
+    rows = [row for row in itertools.islice(run.recent, len(run.recent) - 1) if alive(row)]
+    before = [row["grad_norm"] for row in rows if measured(row.get("grad_norm"))]
+    if len(before) < WINDOW or norm <= own["ratio"] * min(before):
         return None
     usual = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
@@ -248,11 +257,42 @@ def loss_near_zero(run: History, limits: Limits) -> Seen | None:
 
 
 def idle_rate(run: History, limits: Limits) -> Seen | None:
-    rows, planned = int(limits["R17"]["rows"]), run.options.get("max_steps")
+    own, planned = limits["R17"], run.options.get("max_steps")
+    rows = int(own["rows"])
     rates = run.series["learning_rate"].values[-rows:]
-    if len(rates) < rows or any(rates) or run.step == planned:
+    if len(rates) >= rows and not any(rates) and run.step != planned:
+        return Seen("warning", f"learning_rate 0 in {rows} rows in a row, at step {run.step}")
+    warmup = run.options.get("warmup_steps")
+    known = measured(warmup) and measured(planned) and planned > 0
+    if known and len(rates) >= rows and warmup > own["warmup"] * planned:
+        reached = rates[-1]
+        return Seen(
+            "warning",
+            f"warm-up takes {warmup} of {planned} steps: learning_rate is {reached:.2g} at step "
+            f"{run.step}, of {run.options.get('learning_rate', math.nan):.2g}",
+            "most of the run trains at a fraction of its learning rate",
+            "a twentieth of max_steps is usual",
+            "warmup_steps",
+        )
+    return still(run, own) if any(rates) else None
+
+
+def still(run: History, own: Mapping[str, float]) -> Seen | None:
+    """Groups teach, the rate is not 0, and the policy is where it began."""
+    count = int(own["still_rows"])
+    kl, dead = run.series.get("kl"), run.mean("frac_reward_zero_std", count, least=count)
+    if "kl" not in run.here or len(kl) < count or not dead < 0.9:
         return None
-    return Seen("warning", f"learning_rate 0 in {rows} rows in a row, at step {run.step}")
+    far = max(kl.values)
+    if not far < own["still"]:
+        return None
+    return Seen(
+        "warning",
+        f"kl was never above {far:.2g} in {len(kl)} rows in which groups had something to teach",
+        "steps are too small to change the policy, or are lost in rounding",
+        "raise it by 10 times; with bfloat16 parameters look at update_precision too",
+        "learning_rate",
+    )
 
 
 def throughput(run: History, limits: Limits) -> Seen | None:

@@ -5,7 +5,18 @@ Each is a function of the run so far and the limits: what it sees now, or None.
 
 import statistics
 
-from .history import SLOW_LEAST, WINDOW, History, Limits, Seen, level, reward_flat, slow, solved
+from .history import (
+    SLOW_LEAST,
+    WINDOW,
+    History,
+    Limits,
+    Seen,
+    held_out_rose,
+    level,
+    reward_flat,
+    slow,
+    solved,
+)
 
 
 def all_equal(p: float, group_size: int) -> float:
@@ -94,26 +105,70 @@ def length_drift(run: History, limits: Limits) -> Seen | None:
             "ending at once is the safest answer under this reward",
             "make it pay for the answer, not for the end",
         )
-    trend = run.trend(name, slow(run, name))
+    return end_pushed_down(run, limits) or paid_for_length(run, limits)
+
+
+def end_pushed_down(run: History, limits: Limits) -> Seen | None:
+    """Every step makes the end of a completion less likely, and they do get longer."""
+    own, rows = limits["R10"], int(limits["R10"]["push_rows"])
+    pushes = run.series.get("push/eos")
+    if "push/eos" not in run.here or len(pushes) < SLOW_LEAST or max(pushes.values[-rows:]) >= 0:
+        return None
+    lengths = run.series["completions/mean_length"]
+    before = lengths.around(pushes.steps[-rows], 3)
+    now = run.mean("completions/mean_length", 3, least=1)
+    if not now > own["push_growth"] * before:
+        return None
+    gained = run.mean("reward", WINDOW) - run.start("reward")
+    paid = gained > 0 or held_out_rose(run, limits, SLOW_LEAST)
+    return Seen(
+        "info" if paid else "warning",
+        f"net push on the end-of-sequence token below 0 in the last {rows} rows (mean "
+        f"{run.mean('push/eos', rows):.2g}), mean length {before:.0f} -> {now:.0f} tokens, reward "
+        f"{gained:+.3f} since the start",
+        "longer completions have the higher advantage, or a loss divided by length spares the "
+        "long wrong ones",
+        "sum tokens by dr_grpo or dapo, which do not divide by a completion's own length",
+        "loss.loss_type",
+    )
+
+
+def paid_for_length(run: History, limits: Limits) -> Seen | None:
+    own, name = limits["R10"], "completions/mean_length"
+    trend, now = run.trend(name, slow(run, name)), run.mean(name, 5)
     if trend is None or not now > own["growth"] * trend.first:
         return None
-    count = min(slow(run, name), 100)
-    pairs = [run.series[n].values[-count:] for n in (name, "reward")]
-    if len(pairs[0]) != len(pairs[1]) or any(min(v) == max(v) for v in pairs):
-        return None
-    together = statistics.correlation(*pairs)
-    if together < own["correlation"]:
+    together = with_length(run, "reward")
+    if not together >= own["correlation"]:
         return None
     said = (
         f"mean length {trend.first:.0f} -> {now:.0f} tokens, correlation with reward {together:.2f}"
     )
-    evals = run.series.get("eval_reward")
-    if evals is None or len(evals) < 2:
+    payer = max(run.parts, key=lambda p: with_length(run, f"rewards/{p}/mean"), default="")
+    names = [f"eval_rewards/{part}/mean" for part in run.parts if part != payer]
+    if not any(name in run.series for name in names):
+        names, payer = ["eval_reward"], ""
+    evals = [run.series[name] for name in names if name in run.series]
+    if not evals or min(map(len, evals)) < 2:
         return Seen("info", f"{said}; no held-out reward to tell use from padding")
-    gain = evals.values[-1] - min(evals.values[-4:-1])
+    gain = max(e.values[-1] - min(e.values[-4:-1]) for e in evals)
     if gain > own["eval_gain"]:
         return None
-    return Seen("warning", f"{said}; held-out reward gained {gain:+.3f}")
+    rest = f" beside '{payer}'" if payer else ""
+    cause = f"reward '{payer}' pays for length" if payer else ""
+    return Seen("warning", f"{said}; held-out reward{rest} gained {gain:+.3f}", cause)
+
+
+def with_length(run: History, name: str) -> float:
+    """Correlation of a metric with the mean length, over a slow trend's window; -1 where there is
+    none."""
+    lengths = run.series["completions/mean_length"].values
+    values = run.series[name].values if name in run.series else []
+    count = min(slow(run, "completions/mean_length"), 100, len(values), len(lengths))
+    if count < WINDOW:
+        return -1.0
+    pair = lengths[-count:], values[-count:]
+    return -1.0 if any(min(v) == max(v) for v in pair) else statistics.correlation(*pair)
 
 
 def reward_hacking(run: History, limits: Limits) -> Seen | None:
@@ -152,20 +207,26 @@ def hidden_variance(run: History, limits: Limits) -> Seen | None:
     own, scale = limits["R12"], run.options.get("scale_rewards", "group")
     if scale in ("none", False) or run.identical:
         return None
-    # TRL's reward_std is the mean over groups already.
-    name = "groups/std_mean" if "groups/std_mean" in run.row else "reward_std"
-    dead, spread = run.mean("frac_reward_zero_std", 5), run.mean(name, 5)
-    raw = spread / max(1 - dead, 1e-6)
+    dead = run.mean("frac_reward_zero_std", 5)
+    if "groups/std_median" in run.series:
+        raw = run.mean("groups/std_median", 5)
+    else:
+        # TRL's reward_std is the mean over groups already.
+        name = "groups/std_mean" if "groups/std_mean" in run.row else "reward_std"
+        raw = run.mean(name, 5) / max(1 - dead, 1e-6)
     size = run.mean("advantage/abs_mean", 5) if "advantage/abs_mean" in run.row else 1.0
+    # Dead groups have advantage 0 and would hide what is done to the others.
+    size /= max(1 - dead, 1e-6)
     if not (raw > 0 and size > own["advantage"]):
         return None
-    severity = level(1 / raw, {name: own[name] for name in ("warning", "error")})
+    times = 1 / (raw + own["eps"])
+    severity = level(times, {name: own[name] for name in ("warning", "error")})
     if not severity:
         return None
     return Seen(
         severity,
         f"rewards inside a group differ by a std of {raw:.2g}, and dividing by it makes advantages "
-        f"of ordinary size: amplified {1 / raw:,.0f} times, limit {own[severity]:g}",
+        f"of {size:.2g}: amplified {times:,.0f} times, limit {own[severity]:g}",
     )
 
 
@@ -190,7 +251,33 @@ def reward_plumbing(run: History, limits: Limits) -> Seen | None:
             "the reward function returned None for them, or gave up",
             "see which completions have no reward, and return 0 where they are wrong",
         )
-    if len(run.parts) < 2 or len(rewards) < own["constant"] or run.identical:
+    if len(run.parts) < 2:
+        return None
+    return part_lost(run, limits) or part_constant(run, limits)
+
+
+def part_lost(run: History, limits: Limits) -> Seen | None:
+    """A part that says None more often than it did: a constant share may be meant, as of a function
+    for some of the prompts."""
+    own = limits["R14"]
+    for part in run.parts:
+        name = f"rewards/{part}/unscored_frac"
+        if name not in run.here:
+            continue
+        now, start = run.mean(name, WINDOW), run.start(name)
+        severity = level(now - start, {name: own[name] for name in ("warning", "error")})
+        if severity:
+            return Seen(
+                severity,
+                f"reward '{part}' said None of {now:.1%} of the completions, {start:.1%} at first",
+                f"'{part}' gives up more and more: time-outs, or a service that fails",
+                "look at what it says None of, and raise its time limit or mend its service",
+            )
+    return None
+
+
+def part_constant(run: History, limits: Limits) -> Seen | None:
+    if len(run.series["reward"]) < limits["R14"]["constant"] or run.identical:
         return None
     for part in run.parts:
         spreads = run.series.get(f"rewards/{part}/std")

@@ -61,6 +61,8 @@ def healthy(seed: int, steps: int = STEPS) -> list[dict[str, Any]]:
             "unscored_frac": 0.0,
             "rewards/answer/mean": p,
             "rewards/answer/std": math.sqrt(p * (1 - p)),
+            "rewards/answer/unscored_frac": 0.0,
+            "push/eos": noise(1e-3),
             "rewards/format/mean": 0.9 + noise(0.02),
             "rewards/format/std": 0.3,
             "completions/mean_length": 120 + 20 * t + noise(5),
@@ -178,7 +180,7 @@ FAULTS = (
     Fault(
         "sampler keeps old weights",
         "R5",
-        ("a token", "before the first update 0.002"),
+        ("a token", "before the first update 0.00"),
         "loss.importance_sampling_correction",
         lambda row, k: {GAP: 0.002 + 0.012 * k},
     ),
@@ -250,6 +252,32 @@ FAULTS = (
         ("mean length", "not rising"),
         "reward",
         lambda row, k: _flat(row) | {"completions/mean_length": max(130 * 0.85**k, 2)},
+    ),
+    Fault(
+        "one part pays for length",
+        "R10",
+        ("correlation", "held-out reward beside 'padding' gained"),
+        "reward",
+        lambda row, k: (
+            {"completions/mean_length": row["completions/mean_length"] * (1 + 0.06 * k)}
+            | {"reward": 0.5 + 0.02 * k, "rewards/answer/mean": 0.5}
+            | {"rewards/padding/mean": 0.02 * k, "rewards/padding/std": 0.1}
+            | ({"eval_reward": 0.4 + 0.02 * k} if "eval_reward" in row else {})
+            | ({"eval_rewards/answer/mean": 0.4} if "eval_reward" in row else {})
+        ),
+    ),
+    Fault(
+        "the end is pushed down",
+        "R10",
+        ("end-of-sequence token below 0 in the last 10 rows", "since the start"),
+        "loss.loss_type",
+        lambda row, k: (
+            _flat(row)
+            | {"push/eos": -1e-3, "completions/mean_length": 130 * (1 + 0.015 * k)}
+            | {"rewards/answer/mean": 0.5}
+            | ({"eval_reward": 0.45} if "eval_reward" in row else {})
+        ),
+        start=1,
     ),
     Fault(
         "held-out reward stays behind",
@@ -331,6 +359,14 @@ FAULTS = (
         start=1,
     ),
     Fault(
+        "a part gives up more and more",
+        "R14",
+        ("'answer' said None of ", "0.0% at first"),
+        "reward",
+        lambda row, k: {"rewards/answer/unscored_frac": min(0.02 * k, 0.3)},
+        severity="error",
+    ),
+    Fault(
         "sampler has another model",
         "R15",
         ("in the first 3 rows",),
@@ -345,6 +381,23 @@ FAULTS = (
         ("learning_rate 0 in 3 rows",),
         "max_steps",
         lambda row, k: {"learning_rate": 0.0},
+    ),
+    Fault(
+        "warm-up longer than the run",
+        "R17",
+        ("warm-up takes 900 of 400 steps",),
+        "warmup_steps",
+        lambda row, k: {"learning_rate": 1e-5 * row["step"] / 900},
+        {"warmup_steps": 900, "learning_rate": 1e-5},
+        start=1,
+    ),
+    Fault(
+        "steps too small to change anything",
+        "R17",
+        ("kl was never above 4e-08",),
+        "learning_rate",
+        lambda row, k: {"kl": 4e-8},
+        start=1,
     ),
     Fault(
         "reward functions slow",
@@ -787,6 +840,41 @@ def test_docs_have_the_rules_limits_and_the_measured_matrix():
     spec.loader.exec_module(script)
     hint = "write it again: .venv/bin/python docs/doctor.py"
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), hint
+
+
+def test_an_end_pushed_down_by_a_reward_that_rises_is_no_alarm():
+    rows = healthy(0)
+    for row in rows[1:]:
+        row |= {"push/eos": -1e-3, "completions/mean_length": 100 + 2 * row["step"]}
+    alarms, doctor = watch(rows, CONFIG)
+    assert alarms == {}
+    assert doctor.findings["R10"].severity == "info"
+    assert doctor.findings["R10"].seen.evidence.endswith("since the start")
+
+
+def test_amplification_is_that_of_the_groups_that_teach():
+    """One wide group does not hide 31 tiny ones, and eps bounds what a tiny std is blown up to."""
+    rows = [
+        row | {"groups/std_mean": 0.02, "groups/std_median": 3e-4, "frac_reward_zero_std": 0.1}
+        for row in healthy(0)
+    ]
+    found = watch(rows, CONFIG).doctor.findings["R12"]
+    assert found.severity == "error"
+    assert "a std of 0.0003" in found.seen.evidence
+    assert "amplified 2,500 times" in found.seen.evidence
+
+
+def test_a_part_that_is_meant_for_some_prompts_only_is_no_alarm():
+    rows = [row | {"rewards/answer/unscored_frac": 0.5} for row in healthy(0)]
+    assert watch(rows, CONFIG).alarms == {}
+
+
+def test_stale_weights_are_told_from_another_model():
+    """The first row is before any update: stale weights agree there, another model does not."""
+    gaps = {"stale": (1e-7, 0.3, 0.4), "other": (0.3, 0.3, 0.3)}
+    for name, first in gaps.items():
+        rows = [{"step": k + 1, "reward": 0.5, GAP: gap} for k, gap in enumerate((*first, 0.4))]
+        assert set(watch(rows, {}).alarms) == {"R5" if name == "stale" else "R15"}
 
 
 def test_steps_are_those_of_the_severity_that_is_named():
