@@ -119,5 +119,5 @@ def test_an_empty_run_says_so(folder):
 
 def test_no_run_is_no_run(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(InputError, match="no run in"):
+        with pytest.raises(InputError, match="no run (in|at)"):
             open_records(path)
