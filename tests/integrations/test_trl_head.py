@@ -113,6 +113,21 @@ def test_results_and_gradients_are_as_exact_as_trl_s(precision, head):
         assert error <= limit, f"{name}: {error:.2e} from float64, TRL's is {there:.2e}"
 
 
+@pytest.mark.parametrize("head", ["plain", "softcap"])
+def test_the_kernels_of_a_gpu_score_as_a_cpu_does(monkeypatch, head):
+    """Where there is none, in Triton's interpreter."""
+    options = dict(HEADS[head])
+    data = rows(n=12, v=70, d=16, bias=options.pop("bias", False))
+    expected = measured(ours().ChunkedLogProb, data, **options)
+    monkeypatch.setattr(ours(), "resolve_impl", lambda impl, tensor: "triton")
+    if torch.cuda.is_available():
+        moved = {name: x if x is None else x.cuda() for name, x in vars(data).items()}
+        data = types.SimpleNamespace(**moved)
+    found = measured(ours().ChunkedLogProb, data, **options)
+    for name, right in expected.items():
+        torch.testing.assert_close(found[name].cpu(), right, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_autocast_multiplies_what_it_would_round():
     """On a GPU that is what makes the products fast."""
     narrow, data = rows(dtype=torch.bfloat16), rows()
