@@ -22,10 +22,15 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target .venv/torchao torchao
 	touch $@
 
+# Trackers, which are windows on a run and no part of it.
+.venv/.track: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/track trackio tensorboard
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/grpo-fast train --config examples/demo.yaml $(ARGS)
 
-test: .venv/.installed .venv/.peers .venv/.torchao
+test: .venv/.installed .venv/.peers .venv/.torchao .venv/.track
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/.installed

@@ -1,5 +1,5 @@
-"""Console script `grpo-fast`: train, demo, plan, report, doctor, bench, parity, env; options of
-train from `TrainConfig`."""
+"""Console script `grpo-fast`: train, demo, plan, report, doctor, diff, bench, parity, env; options
+of train from `TrainConfig`."""
 
 import contextlib
 import dataclasses
@@ -133,6 +133,13 @@ def doctor_command(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def diff_command(arguments: Sequence[str]) -> int:
+    """say where two runs part: RUN_A RUN_B [--rtol X] [--json]"""
+    from .diff_command import main
+
+    return main(arguments)
+
+
 def bench_command(arguments: Sequence[str]) -> int:
     """measure the kernels; --static compiles them for every target without a GPU"""
     return importlib.import_module("grpo_bench.main").main(list(arguments))
@@ -168,6 +175,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "report": report_command,
     "doctor": doctor_command,
+    "diff": diff_command,
     "bench": bench_command,
     "parity": parity_command,
     "env": env_command,

@@ -17,6 +17,7 @@ Existing = Literal["refuse", "move"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 UpdatePrecision = Literal["master", "stochastic", "none"]
+Track = Literal["trackio", "tensorboard", "wandb"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 Sharing = Literal["auto", "on", "off"]
 Chunking = Literal["auto", "on", "off"]
@@ -127,6 +128,8 @@ class TrainConfig:
     """Steps between progress lines; metrics.jsonl has every step."""
     log_completions: int = 4
     """Completions kept per step in completions.jsonl: best, worst and others of one group."""
+    track: tuple[str, ...] = ()
+    """Trackers that see the run live, beside its folder: `trackio`, `tensorboard`, `wandb`."""
     log_tokens_mb: float = 32.0
     """Most MB of per-token numbers kept of a run, in tokens/; 0 keeps none."""
     seed: int = 0
@@ -148,6 +151,8 @@ class TrainConfig:
         self._check_rewards()
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        for name in self.track:
+            check_choice("track", name, Track)
         self._check_optimizer()
         names = ("scale_rewards", "baseline", "multi_objective_aggregation")
         conflict = advantage_conflict(**{name: getattr(self, name) for name in names})

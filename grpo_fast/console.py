@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines anywhere else."""
 
 import contextlib
+import itertools
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
 # (label, metric, format) of the numbers in every line.
 _COLUMNS = (
     ("reward", "reward", "{:.2f}"),
@@ -55,6 +58,8 @@ class Progress:
         self._live: Live | None = None
         self._status: Spinner | None = None
         self._numbers: list[str] = []
+        self._rewards: list[float] = []
+        self._completion = ""
         self._first = self._done = 0
         self._started = self._reported = clock()
 
@@ -87,10 +92,13 @@ class Progress:
             )
             self._live.start()
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show step `step`; a metric that is absent is shown as `-`."""
+    def step(self, step: int, metrics: Mapping[str, float], completion: str = "") -> None:
+        """Show step `step`; a metric that is absent is shown as `-`. A live panel also has the
+        course of the reward and a completion of the step."""
         self._done, self._reported = step, self._clock()
         self._numbers = _numbers(metrics)
+        self._rewards.append(metrics.get("reward", math.nan))
+        self._completion = completion
         if self._live is not None:
             self._live.refresh()
             return
@@ -147,7 +155,33 @@ class Progress:
             return Group(bar, self._status)
         # Two spaces, not a bar: with a held-out reward the line still fits 80 columns.
         numbers = "  ".join(self._numbers) or "first step"
-        return Group(bar, Text(numbers, style="dim", no_wrap=True, overflow="ellipsis"))
+        lines = [numbers]
+        # An old terminal has no blocks to draw with.
+        if self.console.encoding.startswith("utf"):
+            lines += [f"reward {course}" for course in [sparkline(self._rewards)] if course]
+        if self._completion:
+            # Whatever a model says is one line, and moves no cursor.
+            text = "".join(c if c.isprintable() else " " for c in self._completion)
+            lines.append(f"last   {' '.join(text.split())}")
+        return Group(bar, *(_dim(line) for line in lines))
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """`▁▃▇`: the course of the values from their smallest to their largest, means where there are
+    more than `width`; nothing of fewer than two."""
+    known = [value for value in values if math.isfinite(value)]
+    count = min(len(known), width)
+    if count < 2:
+        return ""
+    cuts = [k * len(known) // count for k in range(count + 1)]
+    means = [statistics.fmean(known[a:b]) for a, b in itertools.pairwise(cuts)]
+    low, span = min(means), max(means) - min(means)
+    heights = [(mean - low) / span if span else 0.5 for mean in means]
+    return "".join(_BLOCKS[min(int(h * len(_BLOCKS)), len(_BLOCKS) - 1)] for h in heights)
+
+
+def _dim(line: str) -> Text:
+    return Text(line, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _numbers(metrics: Mapping[str, float]) -> list[str]:

@@ -13,8 +13,9 @@ from .doctor import Doctor, diagnose
 from .doctor_rules import LIMITS, RULES
 from .errors import ConfigError, nearest
 from .history import SEVERITIES
-from .records import SCHEMA, open_records
+from .records import open_records
 
+SCHEMA = 1
 # TRL's names of the options that rules read.
 FROM_TRL = {"num_generations": "group_size"}
 ABOUT = "Name what is wrong with a run, how it shows, and which option to change."

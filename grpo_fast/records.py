@@ -17,10 +17,9 @@ from .import_verl import (
     is_rollout,
     step_files,
 )
-from .runlog import METRICS, read_completions, read_metrics, read_saved_config
+from .runlog import COMPLETIONS, METRICS, SCHEMA, read_completions, read_metrics, read_saved_config
 from .token_log import TokenStep, read_token_step, read_token_steps, read_vocabulary
 
-SCHEMA = 1
 KNOWN = (
     f"a grpo-fast run ({METRICS}), a TRL output_dir (trainer_state.json, "
     "completions/completions_*.parquet), verl's rollout_data_dir (1.jsonl, 2.jsonl, ...), or a "
@@ -29,7 +28,7 @@ KNOWN = (
 
 
 class TokenSource(Protocol):
-    """Numbers of every kept token, a step at a time."""
+    """Steps of which a log keeps tokens."""
 
     def steps(self) -> list[int]: ...
 
@@ -93,10 +92,10 @@ def open_records(path: str | Path) -> Records:
         raise InputError(f"{log} has no rows yet: wait for the first step")
     if found.source != "grpo-fast run":
         _check_metrics(path, found)
-    schema = found.config.get("schema", found.rows[0].get("schema", SCHEMA))
+    schema = found.rows[0].get("schema", SCHEMA)
     if schema != SCHEMA:
         raise InputError(
-            f"{path} has schema {schema!r}, this grpo-fast reads {SCHEMA}: pip install -U grpo-fast"
+            f"{path} has schema {schema!r}, this version reads {SCHEMA}: pip install -U grpo-fast"
         )
     tokens = FolderTokens(path) if path.is_dir() and read_token_steps(path) else None
     return Records(name=path.resolve().name, tokens=tokens, **found._asdict())
@@ -112,7 +111,8 @@ def _check_metrics(path: Path, found: Found) -> None:
 
 
 def _folder(path: Path) -> Found:
-    if (path / METRICS).is_file():
+    # A folder that has lost one of the two is a broken run, and no other log.
+    if (path / METRICS).is_file() or (path / COMPLETIONS).is_file():
         rows = read_metrics(path)
         cut = rows and not (path / METRICS).read_bytes().endswith(b"\n")
         said = "the last line is not finished: the run is being written, or was cut"

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,16 +16,21 @@ from .config import TrainConfig
 from .errors import ConfigError, InputError
 from .token_log import FOLDER as TOKENS
 from .token_log import TokenLog, truncate_tokens
+from .track import Trackers
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
+# Of the run folder; config.json says it. A folder of before there was one says nothing.
+SCHEMA = 1
 # Made once for a folder, the same for every run in it.
 BASE_MODEL = "base_model"
 # A folder that holds nothing else is ours to write in; an empty log is a run that never started.
 _OURS = {CONFIG, METRICS, COMPLETIONS, TOKENS, CHECKPOINTS, LOCK, BASE_MODEL, "report.html"}
+# Of trackers.
+_OURS |= {"tensorboard", "wandb"}
 
 
 class RunLog:
@@ -37,6 +42,8 @@ class RunLog:
         self.checkpoints = folder / CHECKPOINTS
         self.tokens: TokenLog | None = None
         """None before the run starts, and where `log_tokens_mb` is 0."""
+        self.trackers: Trackers | None = None
+        """See the same rows, live."""
         self._config = config
         self._lock = lock
         self._open: dict[str, IO[str]] = {}
@@ -49,6 +56,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the logs and give the lock back."""
+        if self.trackers is not None:
+            self.trackers.close()
         for file in self._open.values():
             file.close()
         _unlock(self.folder, self._lock)
@@ -70,14 +79,18 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; NaN and infinity become null."""
         self._open[METRICS].write(_to_line({"step": step, **metrics}))
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
 
     def log_completions(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append one line a row to completions.jsonl; a NaN reward becomes null."""
         for row in rows:
             self._open[COMPLETIONS].write(_to_line(row))
+        if self.trackers is not None:
+            self.trackers.log_completions(rows)
 
     def _begin(self) -> None:
-        _write_config(self.folder, self._config)
+        write_config(self.folder, dataclasses.asdict(self._config))
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
         if self._config.log_tokens_mb:
             budget, steps = self._config.log_tokens_mb, self._config.max_steps
@@ -103,6 +116,8 @@ def open_run(config: TrainConfig) -> RunLog:
             f"output_dir {folder} holds files that are no run ('{min(foreign)}'): choose "
             "another folder with --output-dir"
         )
+    if config.resume:
+        read_saved_config(folder)
     lock = _acquire(folder)
     if holds_run and not config.resume and config.existing == "refuse":
         _unlock(folder, lock)
@@ -116,11 +131,13 @@ def open_run(config: TrainConfig) -> RunLog:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, null as NaN; an unfinished last line is left out.
 
-    Raises InputError for a missing file, and naming file and line for a broken one.
+    Raises InputError for a missing file, for a run of another schema, and naming file and line for
+    a broken one.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         raise InputError(f"no run in {folder}: {METRICS} not found, expected a run's output_dir")
+    read_saved_config(folder)
     rows = _read_rows(path)
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
@@ -132,7 +149,10 @@ def read_completions(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_saved_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as a mapping, empty where there is none."""
+    """config.json as a mapping, empty where there is none.
+
+    Raises InputError for one that is broken, or of another schema.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         return {}
@@ -142,6 +162,11 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({error}): restore it, or remove it") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {type(values).__name__}, expected one object")
+    if values.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{path} has schema {values['schema']!r}, this version reads {SCHEMA}: "
+            "pip install -U grpo-fast"
+        )
     return values
 
 
@@ -236,9 +261,11 @@ def _cut(path: Path, step: int) -> None:
         _write_atomically(path, "".join(map(_to_line, rows)))
 
 
-def _write_config(folder: Path, config: TrainConfig) -> None:
-    values = dataclasses.asdict(config)
-    _write_atomically(folder / CONFIG, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+def write_config(folder: Path, options: Mapping[str, Any]) -> None:
+    """config.json of a run with these options."""
+    values = {"schema": SCHEMA, **options}
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    _write_atomically(folder / CONFIG, text + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from .rewards import RewardFunction, load_rewards
 from .rollout import end_tokens, token_text
 from .runlog import RunLog
 from .token_step import Told
+from .track import check_packages
 
 # A resumed run may change these without becoming another run.
 RESUMABLE = {
@@ -32,6 +33,7 @@ RESUMABLE = {
     "keep_checkpoints",
     "log_every",
     "log_completions",
+    "track",
     "log_tokens_mb",
     "output_dir",
     "existing",
@@ -89,6 +91,7 @@ def build(config: TrainConfig, run: RunLog, progress: Progress) -> Parts:
     """Everything the loop works on; cheap checks come before expensive loads."""
     device = pick_device(config.device)
     check_optimizer(config)
+    check_packages(config.track)
     rewards = load_rewards(config.reward, config.reward_weights)
     directory = run.folder / "base_model"
     with progress.status(f"preparing the model {config.model}"):

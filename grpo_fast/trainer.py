@@ -35,6 +35,7 @@ from .runlog import RunLog, open_run, read_metrics
 from .session import Parts, build, plan, restore, save
 from .step import group_logprobs, grpo_backward
 from .token_step import log_tokens
+from .track import Trackers
 
 # One bad batch happens; three in a row is a diverged run.
 MAX_SKIPPED_STEPS = 3
@@ -68,6 +69,13 @@ def train(config: TrainConfig) -> TrainResult:
         first, seconds, tokens = restore(config, run, parts, progress)
         progress.note(plan(config, parts))
         progress.note(str(parts.memory))
+        run.trackers = Trackers(
+            config.track,
+            run.folder,
+            dataclasses.asdict(config),
+            first_step=first + 1,
+            note=progress.note,
+        )
         return loop(config, run, parts, progress, first, seconds, tokens)
 
 
@@ -108,13 +116,16 @@ def loop(
             last = step == config.max_steps or stop.requested
             run.log(step, metrics)
             findings = doctor.feed({"step": step, **metrics})
-            run.log_completions(completion_rows(step, groups, config.log_completions))
+            answers = completion_rows(step, groups, config.log_completions)
+            run.log_completions(answers)
             done = step
             if step % config.log_every == 0 or last:
-                progress.step(step, metrics)
+                progress.step(step, metrics, answers[0]["completion"] if answers else "")
             for finding in findings:
                 if finding.severity != "info":
                     progress.note(finding.line())
+                    if run.trackers is not None:
+                        run.trackers.alert(finding)
             if last or due(step, config.save_every):
                 save(config, run, parts, step, time.perf_counter() - started, tokens)
             if skipped >= MAX_SKIPPED_STEPS:

@@ -1,7 +1,10 @@
 """One suite for both kinds of machine: kernels on a GPU, or in Triton's interpreter on a CPU."""
 
 import functools
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Threads that spin while they wait take the cores from whatever else runs; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -9,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Trackers, apart from the venv's packages: no user needs them.
+TRACK = Path(sys.prefix) / "track"
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, so it must be there before the first import of one.
@@ -26,12 +31,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if HAS_GPU:
-        return
-    deselected = [item for item in items if item.get_closest_marker("gpu")]
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    deselected = [item for item in items if not can_run(item)]
+    items[:] = [item for item in items if can_run(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
+
+
+def can_run(item) -> bool:
+    """Whether this machine has what a test is about."""
+    tracker = item.get_closest_marker("track")
+    if tracker is not None:
+        name = tracker.args[0]
+        return (TRACK / name).is_dir() or importlib.util.find_spec(name) is not None
+    return HAS_GPU or item.get_closest_marker("gpu") is None
 
 
 @pytest.fixture(scope="session")

@@ -78,15 +78,20 @@ ALLOWED = {
     "policy_checks": {"history"},
     "doctor_rules": {"history", "policy_checks", "reward_checks"},
     "doctor": {"doctor_rules", "history"},
+    "xray": {"doctor", "errors", "loss_config", "records", "token_log"},
+    "token_log": {"errors"},
     "doctor_command": {"doctor", "doctor_rules", "errors", "history", "records"},
     # A log of whoever is read without torch, too; of the trainer's metrics only the arithmetic.
+    "track": {"errors"},
+    "track_trackio": set(),
+    "track_tensorboard": set(),
+    "track_wandb": set(),
     "metrics": {"rollout", "token_choice"},
     "import_lines": {"errors", "metrics"},
     "import_trl": {"errors", "import_lines"},
     "import_verl": {"errors", "import_lines"},
+    "diff_command": {"doctor", "errors", "history", "records"},
     "records": {"errors", "import_lines", "import_trl", "import_verl", "runlog", "token_log"},
-    "xray": {"doctor", "errors", "loss_config", "records", "token_log"},
-    "token_log": {"errors"},
     "token_choice": set(),
     "token_columns": {
         "aggregation",
@@ -161,6 +166,8 @@ ADAPTERS = {
     # A host's trainer is the caller of a step, like `trainer`.
     "trl": LEAVES | {"groups", "model", "ops", "step"},
     "padded": {"groups", "live", "loss_config"},
+    # Writes a run log, and says what our own trainer says of one.
+    "trl_callback": LEAVES | {"doctor", "import_lines", "report", "runlog"},
 }
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
@@ -220,7 +227,7 @@ def test_import_arrows_of_the_adapters(name):
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
     assert siblings(path) <= {"hosts", "logprobs", "padded"} - {name}
     # A host is imported by name, when it is asked for; TRL's is a base class.
-    host = {"trl"} & {name}
+    host = {"trl": {"trl"}, "trl_callback": {"transformers"}}.get(name, set())
     assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names
 
 

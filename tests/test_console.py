@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from grpo_fast.console import Progress
+from grpo_fast.console import Progress, sparkline
 
 METRICS = {
     "reward": 0.531,
@@ -183,3 +183,41 @@ def test_the_bar_fits_a_narrow_terminal(clock):
     lines = re.split(r"\n|\x1b\[\??[0-9]*[A-Za-z]|\r", file.getvalue())
     assert max(len(line) for line in lines) == 60
     assert lines.count("reward 0.53  kl 0.0012  clip 0.031  entropy 0.61  5,300 tok…") > 0
+
+
+def test_a_terminal_also_has_the_course_of_the_reward_and_a_completion(clock):
+    bar, file = progress(clock, terminal=True)
+    with bar:
+        bar.start(0)
+        for step, reward in enumerate((0.0, 0.5, 1.0), start=1):
+            bar.step(step, METRICS | {"reward": reward}, "it is\n\x1b[2J " + "4" * 200)
+    last = file.getvalue().rpartition("step 3/200")[2]
+    assert "reward ▁▅█" in last
+    assert "last   it is [2J 444" in last
+    assert "\x1b[2J" not in last
+    assert max(map(len, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).splitlines())) <= 80
+
+
+def test_a_pipe_shows_neither(clock):
+    bar, file = progress(clock)
+    with bar:
+        bar.start(0)
+        for step in (1, 2):
+            bar.step(step, METRICS, "an answer")
+    assert "an answer" not in file.getvalue()
+    assert "▁" not in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ([], ""),
+        ([1.0], ""),
+        ([1.0, math.nan], ""),
+        ([2.0, 2.0], "▅▅"),
+        ([0.0, math.nan, 1.0], "▁█"),
+        ([*range(80)], "".join("▁▂▃▄▅▆▇█"[k // 5] for k in range(40))),
+    ],
+)
+def test_a_sparkline_is_as_high_as_its_values(values, line):
+    assert sparkline(values) == line

@@ -679,7 +679,7 @@ BAD = {
     "a newer schema": (lambda path: write(path, healthy(0, 2), {"schema": 7}), "has schema 7"),
     "a newer schema in rows": (
         lambda path: write(path, [{"schema": 2, **healthy(0, 2)[1]}]),
-        "has schema 2, this grpo-fast reads 1",
+        "has schema 2, this version reads 1",
     ),
     "other JSON": (lambda path: path.write_text('{"step": 1, "a": 2}\n'), "it is no run"),
     "a list of numbers": (lambda path: path.write_text("[1, 2]"), "row 1 is no object"),
