@@ -79,7 +79,9 @@ def _flat(groups: Sequence[Group], name: str, dtype: type) -> np.ndarray | None:
         values = getattr(group, name)
         # Masks are all 1 where not given.
         values = [[1] * len(ids) for ids in group.completion_ids] if values is None else values
-        parts += [np.asarray(part, dtype) for part in values]
+        parts += [
+            np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype) for part in values
+        ]
     return np.concatenate([np.zeros(0, dtype), *parts])
 
 
@@ -151,8 +153,11 @@ def push_table(columns: StepColumns, eos_token_ids: Sequence[int], most: int = 2
     """Vocabulary ids that the step makes likelier and unlikelier, by the sum of -slope over all
     their tokens: `up` and `down` as (id, value), `eos` of all ids that end a completion together,
     None without one."""
-    ids = columns.arrays["token_ids"]
-    net = np.bincount(ids, weights=-columns.slope.astype(np.float64))
+    # An id that is masked may be none at all.
+    live = columns.arrays["mask"]
+    net = np.bincount(
+        columns.arrays["token_ids"][live], weights=-columns.slope[live].astype(np.float64)
+    )
     most = min(most, len(net))
 
     def extreme(sign: int) -> list[list]:

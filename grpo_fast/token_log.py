@@ -90,9 +90,9 @@ class TokenLog:
         text_of: the text of a token id.
         """
         kept = f"{meta['kept']}; {self._kept_steps(step)}"
-        strict = _strict({"schema": SCHEMA, "step": step, **meta, "kept": kept})
-        data = _encode(strict, arrays)
-        new = sorted(_ids(strict, arrays) - self._known)
+        meta = {"schema": SCHEMA, "step": step, **meta, "kept": kept}
+        data = _encode(_to_json(meta), arrays)
+        new = sorted(_ids(meta, arrays) - self._known)
         lines = "".join(json.dumps({"id": i, "text": text_of(i)}) + "\n" for i in new)
         size = len(data) + len(lines)
         if self.spent + size > self.budget:
@@ -195,31 +195,40 @@ def _check(path: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> N
         raise InputError(f"{path} is damaged (its groups are not those of its columns): remove it")
 
 
-def _encode(meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+def _encode(meta: str, arrays: Mapping[str, np.ndarray]) -> bytes:
     """As `numpy.savez_compressed` writes it, the same bytes at every time of day."""
     dtypes = COLUMNS | MORE_COLUMNS
     entries = {name: np.asarray(values, dtypes[name]) for name, values in arrays.items()}
-    entries["meta"] = np.array(json.dumps(meta, allow_nan=False))
+    entries["meta"] = np.array(meta)
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as file:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         for name, values in entries.items():
+            column = io.BytesIO()
+            np.lib.format.write_array(column, values, allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w") as stream:
-                np.lib.format.write_array(stream, values, allow_pickle=False)
+            file.writestr(entry, column.getbuffer(), zipfile.ZIP_DEFLATED, _LEVEL)
     return buffer.getvalue()
 
 
-def _ids(meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> set[int]:
+def _ids(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> set[int]:
     """Every token id that a reader will want to show."""
     push = meta.get("push", {})
     known = {i for name in ("up", "down") for i, _ in push.get(name, ())}
     prompts: Iterable[list[int]] = (group["prompt_ids"] for group in meta["groups"])
-    return known.union(*prompts, np.unique(arrays["token_ids"]).tolist())
+    ids = np.unique(arrays["token_ids"])
+    # A masked id may be none at all.
+    return known.union(*prompts, ids[ids >= 0].tolist())
+
+
+def _to_json(meta: dict[str, Any]) -> str:
+    """Strict JSON, NaN and infinity as null."""
+    try:
+        return json.dumps(meta, allow_nan=False)
+    except ValueError:
+        return json.dumps(_strict(meta), allow_nan=False)
 
 
 def _strict(value: Any) -> Any:
-    """NaN and infinity as null."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -52,7 +52,7 @@ def log_tokens(
     """
     columns = step_columns(groups, output, loss)
     push = push_table(columns, told.eos_token_ids)
-    metrics = {} if push["eos"] is None else {"push/eos": push["eos"]}
+    metrics = kl_metrics(columns) | ({} if push["eos"] is None else {"push/eos": push["eos"]})
     if log is None:
         return metrics
     if log.due(step):
@@ -84,15 +84,37 @@ def distances(columns: StepColumns, scored: Sequence[ScoredGroup]) -> dict[str, 
     """The mean KL of each group's tokens under the name of what was measured: to the reference by
     the config's estimator, else to the old policy or to the sampler by k3; without any of them the
     spread of its rewards."""
-    arrays, sizes = columns.arrays, [len(group.completions) for group in scored]
-    if "kl" in arrays:
-        return {"highest_kl": group_means(columns, sizes, arrays["kl"])}
+    sizes = [len(group.completions) for group in scored]
+    if "kl" in columns.arrays:
+        return {"highest_kl": group_means(columns, sizes, columns.arrays["kl"])}
     for other in ("old", "sampler"):
-        if f"{other}_logprobs" in arrays:
-            d = (arrays["logprobs"] - arrays[f"{other}_logprobs"]).clip(-20, 20)
-            return {f"highest_kl_{other}": group_means(columns, sizes, np.expm1(d) - d)}
+        values = kl_of(columns, other)
+        if values is not None:
+            return {f"highest_kl_{other}": group_means(columns, sizes, values)}
     rewards = [[c.reward for c in group.completions] for group in scored]
     return {"widest_rewards": [spread(group) for group in rewards]}
+
+
+def kl_of(columns: StepColumns, other: str) -> np.ndarray | None:
+    """[T] k3 of the KL from the old policy to the policy, or from the sampler to the old policy,
+    which are one where there were no steps between; None where not known."""
+    arrays = columns.arrays
+    if f"{other}_logprobs" not in arrays:
+        return None
+    old = arrays.get("old_logprobs", arrays["logprobs"])
+    d = arrays["logprobs"] - old if other == "old" else old - arrays["sampler_logprobs"]
+    d = np.where(arrays["mask"], d.clip(-20, 20), np.nan).astype(np.float64)
+    return np.expm1(d) - d
+
+
+def kl_metrics(columns: StepColumns) -> dict[str, float]:
+    """Means over the measured tokens of the step; what was not measured has no entry."""
+    found = {}
+    for other in ("old", "sampler"):
+        values = kl_of(columns, other)
+        if values is not None and np.isfinite(values).any():
+            found[f"kl/{other}_k3"] = float(values[np.isfinite(values)].mean())
+    return found
 
 
 def _kept(

@@ -158,6 +158,22 @@ def test_resume_cuts_both_logs_and_goes_on(tmp_path):
     assert read_saved_config(folder)["max_steps"] == 7
 
 
+def test_resume_drops_tokens_of_later_steps_and_move_takes_all_along(tmp_path):
+    folder = finished_run(tmp_path / "run")
+    for step in (1, 2, 3):
+        (folder / f"tokens/step-{step:06d}.npz").write_bytes(b"")
+    with open_run(config(folder, resume=True)) as run:
+        assert run.tokens is None
+        run.truncate_after(1)
+        assert run.tokens.folder == folder / "tokens"
+    assert [path.name for path in (folder / "tokens").iterdir()] == ["step-000001.npz"]
+    with open_run(config(folder, existing="move", log_tokens_mb=0)) as run:
+        run.start()
+        assert run.tokens is None
+    assert not (folder / "tokens").exists()
+    assert (tmp_path / "run.1/tokens/step-000001.npz").exists()
+
+
 def test_truncating_after_minus_one_drops_the_evaluation_before_training_too(tmp_path):
     folder = finished_run(tmp_path)
     with open_run(config(folder, resume=True)) as run:

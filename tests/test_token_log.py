@@ -131,38 +131,50 @@ def test_truncating_removes_later_steps_only(tmp_path):
 
 
 KILLED = """
-import sys, types
+import os, pathlib, sys, types
 package = types.ModuleType("grpo_fast"); package.__path__ = [sys.argv[1]]
 sys.modules["grpo_fast"] = package
 sys.path.insert(0, sys.argv[2])
 import test_token_log as t
 log = t.TokenLog(sys.argv[3], budget_mb=10**7, max_steps=10**6)
+real, step = pathlib.Path.write_bytes, 0
+
+def half(path, data):
+    real(path, data[: len(data) // 2] if step == 4 else data)
+    if step == 4:
+        print("half", flush=True)
+        os.kill(os.getpid(), 9)
+
+pathlib.Path.write_bytes = half
 for step in range(1, 10**6):
     t.write(log, step, 2000, seed=step)
     print(step, flush=True)
 """
 
 
-def test_a_kill_while_writing_leaves_whole_steps(tmp_path):
+@pytest.mark.parametrize("lines", [2, 3, 1000])
+def test_a_kill_leaves_whole_steps(tmp_path, lines):
+    """Some time after a step, and in the middle of writing one."""
     import grpo_fast
 
     here = [str(Path(grpo_fast.__file__).parent), str(Path(__file__).parent)]
-    for kill in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, *here, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(3 + kill):
-            last = process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        steps = read_token_steps(tmp_path)
-        assert int(last) in steps
-        vocabulary = read_vocabulary(tmp_path)
-        for step in steps:
-            found = read_token_step(tmp_path, step)
-            assert len(found.arrays["mask"]) == 2000
-            assert set(found.arrays["token_ids"].tolist()) <= vocabulary.keys()
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *here, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    said = [line for line, _ in zip(process.stdout, range(lines), strict=False)]
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    steps = read_token_steps(tmp_path)
+    if lines == 1000:
+        assert said == ["1\n", "2\n", "3\n", "half\n"]
+        assert steps == [1, 2, 3]
+    assert len(steps) >= min(lines, 3)
+    vocabulary = read_vocabulary(tmp_path)
+    for step in steps:
+        found = read_token_step(tmp_path, step)
+        assert len(found.arrays["mask"]) == 2000
+        assert set(found.arrays["token_ids"].tolist()) <= vocabulary.keys()
 
 
 def test_what_a_killed_run_left_is_cleaned_up(tmp_path):

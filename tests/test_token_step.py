@@ -16,7 +16,7 @@ from grpo_fast.step import group_logprobs, grpo_backward
 from grpo_fast.tiny import tiny_model
 from grpo_fast.token_choice import chosen_groups, evenly, kept_in_words
 from grpo_fast.token_columns import push_table, step_columns
-from grpo_fast.token_log import TokenLog, read_token_step, read_token_steps
+from grpo_fast.token_log import TokenLog, read_token_step, read_token_steps, read_vocabulary
 from grpo_fast.token_step import Told, distances, log_tokens
 
 VOCABULARY = 50
@@ -306,6 +306,36 @@ def test_without_a_log_the_push_is_measured_all_the_same(model):
         assert found.keys() == names
 
 
+def test_kl_is_measured_to_whom_it_says(model):
+    for known, names in (
+        ("", set()),
+        ("ref", set()),
+        ("old", {"kl/old_k3"}),
+        ("sampler", {"kl/sampler_k3"}),
+        ("old sampler", {"kl/old_k3", "kl/sampler_k3"}),
+    ):
+        groups = groups_of(model, known)
+        if "sampler" in known:
+            groups[0].sampler_logprobs[0].fill_(math.nan)
+        config = LossConfig(skip_zero_advantage=False)
+        output = grpo_backward(model, groups, loss=config)
+        found = log_tokens(
+            None, TOLD, scored_of(groups), groups, output, config, step=1, iteration=0
+        )
+        assert found.keys() - {"push/eos"} == names
+
+        def flat(name, groups=groups):
+            return torch.cat([x for group in groups for x in getattr(group, name)]).double()
+
+        mask = torch.tensor([m for g in groups for ms in g.completion_masks for m in ms]).bool()
+        own = torch.cat(output.logprobs).double()
+        old = flat("old_logprobs") if "old" in known else own
+        for name in names:
+            d = own - old if name == "kl/old_k3" else old - flat("sampler_logprobs")
+            d = d[mask & ~d.isnan()]
+            assert found[name] == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-5)
+
+
 def test_a_user_s_objective_is_named(tmp_path, model):
     def mine(tokens, config):
         return -tokens.advantages * tokens.logprobs
@@ -329,6 +359,43 @@ def test_a_step_of_nan_is_kept_as_nan(tmp_path, model):
     step = read_token_step(tmp_path, 1)
     assert np.isnan(step.arrays["logprobs"]).all()
     json.dumps(step.meta, allow_nan=False)
+
+
+def test_tensors_and_ids_that_are_none_where_masked(tmp_path, model):
+    groups = groups_of(model, "old")
+    tensors = [
+        dataclasses.replace(
+            group,
+            completion_ids=[torch.tensor(ids) for ids in group.completion_ids],
+            completion_masks=[torch.tensor(mask) for mask in group.completion_masks],
+        )
+        for group in groups
+    ]
+    assert not tensors[2].completion_masks[-1][0]
+    output = grpo_backward(model, tensors)
+    columns = step_columns(groups, output, LossConfig())
+    # As hosts mark what is not to be learned; the loss does not look at it.
+    tensors[2].completion_ids[-1][0] = -100
+    again = step_columns(tensors, output, LossConfig())
+    assert np.array_equal(again.slope, columns.slope)
+    assert push_table(again, (1,)) == push_table(columns, (1,))
+    log = TokenLog(tmp_path, budget_mb=1, max_steps=1)
+    scored = scored_of(groups)
+    log_tokens(log, TOLD, scored, tensors, output, LossConfig(), step=1, iteration=0)
+    assert -100 in read_token_step(tmp_path, 1).arrays["token_ids"]
+    assert min(read_vocabulary(tmp_path)) >= 0
+
+
+def test_a_step_that_is_masked_whole_pushes_nothing(model):
+    masked = [
+        dataclasses.replace(
+            group, completion_masks=[[0] * len(ids) for ids in group.completion_ids]
+        )
+        for group in groups_of(model, "")
+    ]
+    output = grpo_backward(model, masked)
+    found = push_table(step_columns(masked, output, LossConfig()), (1,))
+    assert found == {"up": [], "down": [], "eos": 0.0}
 
 
 def test_steps_beyond_the_budget_are_measured_and_not_kept(tmp_path, model):
