@@ -62,6 +62,8 @@ def build_xray(tokens: TokenSource | None, findings: Iterable[Finding]) -> Xray:
         findings = list(findings)
         chosen = choose_steps(stored, wanted_steps(findings, stored))
         embedded = _embed(tokens, chosen)
+        if not embedded:
+            return Xray(None, "No group was kept in any step of the token log.", {}, {})
         vocabulary = tokens.vocabulary()
     except InputError as error:
         return Xray(None, f"The token log is not shown: {error}.", {}, {})
@@ -115,7 +117,10 @@ def _embed(tokens: TokenSource, order: Sequence[int]) -> dict[int, Embedded]:
     embedded: dict[int, Embedded] = {}
     room = MOST_BYTES
     for step in order:
-        one = _encode(tokens.read(step), room=room if not embedded else None)
+        read = tokens.read(step)
+        if not read.meta["groups"]:
+            continue
+        one = _encode(read, room=room if not embedded else None)
         size = len(one.entry["data"])
         if embedded and size > room:
             break

@@ -137,6 +137,17 @@ def test_a_log_that_cannot_be_read_is_named_and_the_report_is_made_all_the_same(
     assert built.said.startswith("The token log is not shown: tokens/step-000001.npz is damaged")
 
 
+def test_steps_without_a_group_are_passed_over(make, log):
+    make_step, kind, *_ = make
+    empty = make_step(CONFIG, step=9)
+    empty.meta["groups"] = []
+    assert (
+        build_xray(kind({9: empty}), []).said == "No group was kept in any step of the token log."
+    )
+    some = build_xray(kind({2: log.read(2), 9: empty}), [])
+    assert [entry["meta"]["step"] for entry in island(some)["steps"]] == [2]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a tiny model, so small that every group is kept."""
