@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import shutil
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -304,8 +305,10 @@ def write_page(folder, tokens: TokenLog | None = None) -> Any:
 
 @pytest.fixture(scope="session")
 def make():
-    """(make_step, TokenLog, oracle, write_run, write_page): a conftest is imported by nobody."""
-    return make_step, TokenLog, oracle, write_run, write_page
+    """make.step, log, oracle, run and page: nobody imports a conftest."""
+    return types.SimpleNamespace(
+        step=make_step, log=TokenLog, oracle=oracle, run=write_run, page=write_page
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,9 @@ CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 
 @pytest.fixture(scope="module")
 def report(make, tmp_path_factory):
-    make_step, log, _, write_run, write_page = make
-    steps = {step: make_step(CONFIG, step=step) for step in (1, 5, 10)}
-    folder = write_run(tmp_path_factory.mktemp("runs") / "demo")
-    return write_page(folder, log(steps)), steps
+    steps = {step: make.step(CONFIG, step=step) for step in (1, 5, 10)}
+    folder = make.run(tmp_path_factory.mktemp("runs") / "demo")
+    return make.page(folder, make.log(steps)), steps
 
 
 def ready(page, step: int, group: int) -> None:
@@ -116,7 +115,7 @@ def test_the_why_card_has_the_formula_filled_in(report, visit, make):
     assert branch == f"{said}, the KL stays"
     for name in ("log-prob", "old", "reference", "sampler", "KL", "entropy", "gradient mass"):
         assert page.get_by_test_id(f"why-{name}").inner_text()
-    told = make[2](step, group, CONFIG)
+    told = make.oracle(step, group, CONFIG)
     offset = at - group["completions"][0]["start"]
     slope = float(page.get_by_test_id("why-trained-slope").get_attribute("data-value"))
     assert slope == pytest.approx(float(told["slope"][offset]), rel=1e-9)
@@ -218,22 +217,20 @@ def test_dark_by_preference_and_by_button(report, visit):
 
 
 def test_without_a_token_log_the_page_says_so_in_one_sentence(make, visit, tmp_path):
-    _, log, _, write_run, write_page = make
-    folder = write_run(tmp_path / "run")
-    page = visit(write_page(folder)).page
+    folder = make.run(tmp_path / "run")
+    page = visit(make.page(folder)).page
     assert page.get_by_test_id("xray-said").inner_text().startswith("No token log in this run")
     assert not page.get_by_test_id("xray").count()
     page.get_by_test_id("theme").click()
-    page = visit(write_page(folder, log({}))).page
+    page = visit(make.page(folder, make.log({}))).page
     assert page.get_by_test_id("xray-said").inner_text() == "The token log has no step yet."
 
 
 def test_65_000_tokens_open_in_two_seconds(make, visit, tmp_path):
-    make_step, log, _, write_run, write_page = make
     words = [f" w{number}" for number in range(5000)]
-    step = make_step(CONFIG, groups=2, size=16, length=2800, words=len(words))
+    step = make.step(CONFIG, groups=2, size=16, length=2800, words=len(words))
     assert len(step.arrays["token_ids"]) > 65_000
-    path = write_page(write_run(tmp_path / "run"), log({1: step}, words))
+    path = make.page(make.run(tmp_path / "run"), make.log({1: step}, words))
     assert path.stat().st_size < 8e6
     page = visit(path, "#step=1&group=7").page
     # Two frames on, what was drawn is on the screen.
@@ -270,9 +267,8 @@ def test_a_chart_tells_the_value_under_the_pointer(report, visit):
 
 
 def test_a_finding_of_the_doctor_opens_the_token_that_shows_it(make, visit, tmp_path):
-    make_step, log, _, write_run, write_page = make
     rows = [{"step": s, "reward": 0.1, "kl": 9.0 * s} for s in range(1, 41)]
-    path = write_page(write_run(tmp_path / "run", rows), log({40: make_step(CONFIG, step=40)}))
+    path = make.page(make.run(tmp_path / "run", rows), make.log({40: make.step(CONFIG, step=40)}))
     page = visit(path).page
     link = page.locator("section.finding", has_text="KL explosion").get_by_test_id("shown-by")
     assert link.inner_text().startswith("step 40 group ")

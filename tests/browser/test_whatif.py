@@ -58,17 +58,15 @@ OFFERED = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", 
 
 @pytest.fixture(scope="module")
 def steps(make):
-    """{name: (step, its page)} is made when asked for."""
-    make_step, *_ = make
-    return lambda config, **options: make_step(config, size=6, length=24, **options)
+    """`steps(config, **options)`: a step whose groups have six completions."""
+    return lambda config, **options: make.step(config, size=6, length=24, **options)
 
 
 @pytest.fixture
 def open_step(make, visit, tmp_path):
-    _, log, _, write_run, write_page = make
 
     def go(step):
-        path = write_page(write_run(tmp_path / "run", ROW), log({step.meta["step"]: step}))
+        path = make.page(make.run(tmp_path / "run", ROW), make.log({step.meta["step"]: step}))
         return visit(path, f"#step={step.meta['step']}&group=7").page
 
     return go
@@ -103,7 +101,7 @@ def stored_group(step, index: int = 7) -> dict:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_trained_is_the_oracle(name, make, steps, open_step):
-    config, oracle = TRAINED[name], make[2]
+    config, oracle = TRAINED[name], make.oracle
     step = steps(config, keep=config.top_entropy_quantile < 1)
     told = oracle(step, stored_group(step), config)
     page = open_step(step)
@@ -113,7 +111,7 @@ def test_as_trained_is_the_oracle(name, make, steps, open_step):
 
 
 def test_every_offered_loss_type_is_the_oracle_with_its_sliders_moved(make, steps, open_step):
-    trained, oracle = TRAINED["dapo"], make[2]
+    trained, oracle = TRAINED["dapo"], make.oracle
     step = steps(trained)
     page, group = open_step(step), stored_group(step)
     for name in OFFERED:
@@ -132,7 +130,7 @@ def test_every_offered_loss_type_is_the_oracle_with_its_sliders_moved(make, step
 
 
 def test_on_policy_the_ratio_is_one_and_the_slope_is_not_zero(make, steps, open_step):
-    config, oracle = TRAINED["dapo"], make[2]
+    config, oracle = TRAINED["dapo"], make.oracle
     step = steps(config, on_policy=True)
     page = open_step(step)
     assert_equal(page, "whatif", oracle(step, stored_group(step), config), config)
@@ -143,7 +141,7 @@ def test_on_policy_the_ratio_is_one_and_the_slope_is_not_zero(make, steps, open_
 
 
 def test_a_slider_moved_by_keys_recolours_the_clipped_tokens(make, steps, open_step):
-    config, oracle = TRAINED["dapo"], make[2]
+    config, oracle = TRAINED["dapo"], make.oracle
     step = steps(config)
     page = open_step(step)
     before = page.locator("#xray-columns .t.high").count()
@@ -166,7 +164,7 @@ def test_a_slider_moved_by_keys_recolours_the_clipped_tokens(make, steps, open_s
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_scaling_off_and_a_dropped_completion(baseline, make, steps, open_step):
-    config, oracle = TRAINED["dapo"], make[2]
+    config, oracle = TRAINED["dapo"], make.oracle
     step = steps(config, baseline=baseline, rewards=[1.0, 0.0, 0.5, 1.0, 0.25, 0.0])
     group, page = stored_group(step), open_step(step)
     rewards = torch.tensor(group["rewards"], dtype=torch.float64)
@@ -190,7 +188,7 @@ def test_scaling_off_and_a_dropped_completion(baseline, make, steps, open_step):
         assert_equal(page, "whatif", told, other)
 
 
-def test_what_cannot_be_recomputed_says_why(make, steps, open_step):
+def test_what_cannot_be_recomputed_says_why(steps, open_step):
     config = LossConfig(loss_type="dapo", top_entropy_quantile=0.2)
     step = steps(config, ref=False, scale="batch")
     for group in step.meta["groups"]:
@@ -208,9 +206,7 @@ def test_what_cannot_be_recomputed_says_why(make, steps, open_step):
     assert not page.get_by_test_id("trained-loss").count()
 
 
-def test_a_completion_that_was_not_forwarded_has_no_loss_once_it_would_teach(
-    make, steps, open_step
-):
+def test_a_completion_that_was_not_forwarded_has_no_loss_once_it_would_teach(steps, open_step):
     step = steps(LossConfig(loss_type="dapo"))
     page = open_step(step)
     page.get_by_test_id("group").select_option("0")

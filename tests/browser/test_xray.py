@@ -20,8 +20,7 @@ CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 
 @pytest.fixture(scope="module")
 def log(make):
-    make_step, log, *_ = make
-    return log({step: make_step(CONFIG, step=step) for step in range(1, 8)})
+    return make.log({step: make.step(CONFIG, step=step) for step in range(1, 8)})
 
 
 def island(built) -> dict:
@@ -72,10 +71,9 @@ def test_json_cannot_be_broken_out_of():
 
 
 def test_prompts_are_cut_with_a_count_and_only_used_ids_have_texts(make):
-    make_step, log, *_ = make
-    step = make_step(CONFIG)
+    step = make.step(CONFIG)
     step.meta["groups"][0]["prompt"] = "x" * 30_000
-    built = island(build_xray(log({1: step}), []))
+    built = island(build_xray(make.log({1: step}), []))
     prompt = built["steps"][0]["meta"]["groups"][0]["prompt"]
     assert prompt.endswith("… (10,000 more characters)")
     used = {*np.unique(step.arrays["token_ids"]).tolist(), 7, 11, 4, 1}
@@ -138,13 +136,11 @@ def test_a_log_that_cannot_be_read_is_named_and_the_report_is_made_all_the_same(
 
 
 def test_steps_without_a_group_are_passed_over(make, log):
-    make_step, kind, *_ = make
-    empty = make_step(CONFIG, step=9)
+    empty = make.step(CONFIG, step=9)
     empty.meta["groups"] = []
-    assert (
-        build_xray(kind({9: empty}), []).said == "No group was kept in any step of the token log."
-    )
-    some = build_xray(kind({2: log.read(2), 9: empty}), [])
+    none = build_xray(make.log({9: empty}), [])
+    assert none.said == "No group was kept in any step of the token log."
+    some = build_xray(make.log({2: log.read(2), 9: empty}), [])
     assert [entry["meta"]["step"] for entry in island(some)["steps"]] == [2]
 
 
