@@ -116,6 +116,7 @@ def trainer(depth: str | None = None):
 DEPTHS = {
     "packed": "no padding, a prompt once, fused loss",
     "fused": "the fused loss on TRL's padded rows",
+    "kernel": "TRL's loss on log-probs from here",
 }
 PROVIDERS = (
     Provider(name=BASE, computes="trl.GRPOTrainer", load=trainer, package="trl"),
