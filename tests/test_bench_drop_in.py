@@ -70,7 +70,7 @@ def test_who_is_wrong_has_no_number(tmp_path):
 def test_another_depth_than_asked_for_has_no_number(tmp_path, monkeypatch):
     from grpo_fast.integrations import trl
 
-    monkeypatch.setattr(trl.GRPOTrainer, "_not_packed", lambda self, model: "of a test")
+    monkeypatch.setattr(trl.GRPOTrainer, "_not_packed", lambda self: "of a test")
     asked = Provider(name="packed", computes="", load=partial(drop_in.trainer, "packed"))
     row = rows_of(tmp_path, asked)["packed"]
     assert row["error"] == "went to depth 'fused' with this model"
