@@ -75,7 +75,7 @@ class Exchange:
                 "registering again"
             )
         for owner, name, ours in exchanged:
-            self._check(getattr(owner, name), ours, name)
+            self.check(getattr(owner, name), ours, name)
         self.before = [(owner, name, getattr(owner, name)) for owner, name, _ in exchanged]
         for owner, name, ours in exchanged:
             setattr(owner, name, ours)
@@ -85,7 +85,8 @@ class Exchange:
         while self.before:
             setattr(*self.before.pop())
 
-    def _check(self, theirs: Any, ours: Any, name: str) -> None:
+    def check(self, theirs: Any, ours: Any, name: str) -> None:
+        """Raise ConfigError where a host takes other arguments."""
         for there, here in _calls(theirs, ours):
             found, known = _parameters(there), _parameters(here)
             # The apply of an autograd function does not say what it takes.
