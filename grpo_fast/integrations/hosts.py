@@ -86,7 +86,7 @@ class Exchange:
             setattr(*self.before.pop())
 
     def check(self, theirs: Any, ours: Any, name: str) -> None:
-        """ConfigError where `ours` takes other arguments than `theirs`."""
+        """Raise ConfigError where a host takes other arguments."""
         for there, here in _calls(theirs, ours):
             found, known = _parameters(there), _parameters(here)
             # The apply of an autograd function does not say what it takes.

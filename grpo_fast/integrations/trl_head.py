@@ -59,10 +59,7 @@ def exchanged() -> Iterator[None]:
 def why_not() -> str | None:
     """Why the head of the installed TRL cannot be exchanged, if so."""
     try:
-        utils = _module()
-        if getattr(utils, NAME) is not ChunkedLogProb:
-            _check_theirs(utils)
-            _exchange.check(getattr(utils, NAME), ChunkedLogProb, NAME)
+        _check_theirs(_module())
     except ConfigError as error:
         return str(error)
     return None
@@ -76,13 +73,16 @@ def _module() -> ModuleType:
 
 
 def _check_theirs(utils: ModuleType) -> None:
-    """What is replaced is TRL's, or ours, of which `Exchange` says that it is there already."""
+    """What is replaced is TRL's and has ours' arguments, or is ours already."""
     found = getattr(utils, NAME)
-    if found is not ChunkedLogProb and not found.__module__.startswith("trl."):
+    if found is ChunkedLogProb:
+        return
+    if not found.__module__.startswith("trl."):
         raise ConfigError(
             f"{NAME} of trl is already that of {found.__module__}: undo that integration, or leave "
             "out grpo_fast.integrations.trl_head"
         )
+    _exchange.check(found, ChunkedLogProb, NAME)
 
 
 class Scored(NamedTuple):

@@ -277,6 +277,9 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch):
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Longer)
     with pytest.raises(ConfigError, match="docs/integrations.md"):
         ours().register()
+    assert "docs/integrations.md" in ours().why_not()
+    with ours().exchanged():
+        assert utils._ChunkedLogProbFunction is Longer
 
 
 @pytest.fixture(scope="module")
