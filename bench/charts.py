@@ -120,6 +120,35 @@ def memory_and_speed(record: Record):
     return made
 
 
+def drop_in_bars(record: Record):
+    """Time and memory of a micro-batch by trainer, over TRL's."""
+    rows = [row for row in record["rows"] if row["over_trl"]]
+    shapes = distinct((r["P"], r["C"], r["G"]) for r in rows)
+    names = distinct(r["provider"] for r in rows)[::-1]
+    made, axes = figure(
+        9, 0.5 + (0.5 + 0.3 * len(names)) * len(shapes), nrows=len(shapes), ncols=2, sharey=True
+    )
+    parts = [
+        ("time over TRL's", lambda r: 1 / r["over_trl"]),
+        ("extra memory over TRL's", lambda r: r["of_trl_bytes"]),
+    ]
+    for shape, line in zip(shapes, axes, strict=True):
+        mine = {r["provider"]: r for r in rows if (r["P"], r["C"], r["G"]) == shape}
+        for place, (title, of) in zip(line, parts, strict=True):
+            for y, name in enumerate(names):
+                if name in mine:
+                    share = of(mine[name])
+                    colour = OTHERS[0] if name == "TRL" else OURS[0]
+                    place.barh(y, share, 0.62, color=colour)
+                    place.text(share, y, f" {share:.2f}", va="center", fontsize=8)
+            place.set_title("P={} C={} G={}, ".format(*shape) + title, fontsize=9)
+            place.set_xlim(0, 1.15 * max(map(of, mine.values())))
+            place.grid(axis="y", visible=False)
+        line[0].set_yticks(range(len(names)), names)
+    made.suptitle(f"A micro-batch of TRL's trainer. {caption(record)}", fontsize=8)
+    return made
+
+
 def _peer_matches(record: Record) -> list[tuple]:
     return distinct((r["dtype"], r.get("head")) for r in record["rows"])
 
@@ -265,6 +294,7 @@ def picture(record: Record):
         "memory": (memory_and_speed, "extra"),
         "timing": (roofline, "columns"),
         "plan": (predictions, "seconds"),
+        "drop_in": (drop_in_bars, "over_trl"),
     }.get(kind, (None, ""))
     if drawing is None or not any(row[measured] for row in rows):
         return None

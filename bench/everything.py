@@ -48,6 +48,10 @@ PARTS = {
     ),
     "memory": Part("--memory", "--memory --shape 64 16 --largest 128 --budget 512"),
     "rollout": Part("--rollout", "--rollout --shape 32 8 4 --rounds 2 --seconds 0"),
+    "drop-in": Part(
+        "--drop-in --shape 512 64 16 --shape 64 128 16 --rounds 3 --seconds 0",
+        "--drop-in --model tiny --shape 64 16 8 --rounds 2 --seconds 0",
+    ),
     "plan": Part("--plan", "--plan --shape 32 32 8 --rounds 2"),
 }
 

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds a part may take, each below the eight minutes that a machine is often lent for.
 LIMITS = {"kernels": 240, "timing": 170, "demo": 130, "step": 400, "memory": 300}
 LIMITS |= {"A": 300, "B": 300, "C": 240, "linear": 120, "F": 240, "G": 240, "H": 470}
+LIMITS |= {"drop-in": 300}
 LIMITS |= {"I24": 300, "I80": 300, "I139": 300, "J": 400}
 TESTS = (
     "tests/kernels",
@@ -46,6 +47,7 @@ TABLES = {
     "timing": "--device cuda --seconds 2",
     "step": f"--step {MODEL} --shape 1024 512 16 --rounds 5 --seconds 20",
     "memory": f"--memory {MODEL} --shape 1024 256 --largest 512 --budget 8192",
+    "drop-in": f"--drop-in {MODEL} --shape 1024 256 16 --shape 1024 256 64 --rounds 3 --seconds 0",
     **COMMANDS,
 }
 # What a part says when it fails, kept in the results.

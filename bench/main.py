@@ -46,6 +46,7 @@ examples:
   grpo-fast bench --memory           the most memory of a step against the size of the group
   grpo-fast bench --plan             how far off the estimates of `grpo-fast plan` are here
   grpo-fast bench --rollout          sampling a group, beside transformers' generate
+  grpo-fast bench --drop-in          TRL's trainer beside the one that takes its place
   grpo-fast bench --all --quick      all of it at small sizes in under six minutes, with pictures
   grpo-fast bench --cases            aims A to J on a GPU, and how far they are met
   grpo-fast bench --report           the pictures and pages of bench/results made anew
@@ -59,6 +60,7 @@ TABLES = {
     "--memory": "memory",
     "--plan": "plan_check",
     "--rollout": "rollouts",
+    "--drop-in": "drop_in",
     "--cases": "cases",
     "--report": "report",
     "--all": "everything",
@@ -79,6 +81,7 @@ def parser() -> Parser:
         ("--memory", "the most memory of a whole step instead, for groups of 8 to 4096"),
         ("--plan", "time and memory of steps instead, beside what `grpo-fast plan` predicts"),
         ("--rollout", "sampling a group instead, beside transformers' generate"),
+        ("--drop-in", "a micro-batch of TRL's trainer and of the drop-in's depths instead"),
         ("--cases", "what is aimed at on a GPU, case by case, and what results say of it"),
         ("--all", "every one of these tables, into a folder, with pictures"),
         ("--report", "pictures and pages from a folder of results; measures nothing"),

@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
         self.add_model()
         self.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into a PNG")
 
-    def add_model(self) -> None:
+    def add_model(self, default: str = "small") -> None:
         """`--model`, `--dtype` and `--threads`."""
-        self.add_argument("--model", choices=MODELS, default="small", help="(default: small)")
+        self.add_argument("--model", choices=MODELS, default=default, help=f"(default: {default})")
         self.add_argument("--dtype", choices=DTYPES, default="float32")
         self.add_argument("--threads", type=int, default=1, help="of each step (default: 1)")
 

@@ -20,6 +20,7 @@ TITLES = {
     "accuracy": "Exactness",
     "step": "A whole step, by layout",
     "memory": "Memory and speed against the size of the group",
+    "drop_in": "TRL's trainer and the one that takes its place",
     "rollout": "Rollouts",
     "plan": "The cost model against measurement",
     "timing": "Each op against eager and its ceiling",
@@ -27,7 +28,7 @@ TITLES = {
 }
 # What the project's README shows, by file, and whether with its table: for people who decide, not
 # for those who tune.
-SHOWN = {"cpu-peers": False, "cpu-step": True, "cpu-memory": True}
+SHOWN = {"cpu-peers": False, "cpu-step": True, "cpu-memory": True, "cpu-drop-in": True}
 BEGIN, END = "<!-- figures: made by `grpo-fast bench --report` -->", "<!-- end of figures -->"
 
 

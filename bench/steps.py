@@ -170,8 +170,11 @@ def ours(share_prompts: str, one_row: bool = False) -> Prepare:
     return prepare
 
 
-def trl_trainer(model, count: int, longest: int, folder: str):
-    """TRL's trainer of `count` completions of at most `longest` tokens, nothing trained yet."""
+def trl_trainer(
+    model, count: int, longest: int, folder: str, kind: type | None = None, beta: float = 0.0
+):
+    """TRL's trainer, or one of a `kind` derived from it, of `count` completions of at most
+    `longest` tokens, nothing trained yet."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from trl import GRPOConfig, GRPOTrainer
@@ -185,7 +188,7 @@ def trl_trainer(model, count: int, longest: int, folder: str):
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
         max_completion_length=longest,
-        beta=0.0,
+        beta=beta,
         loss_type=LOSS.loss_type,
         epsilon=LOSS.epsilon,
         epsilon_high=LOSS.epsilon_high,
@@ -193,7 +196,7 @@ def trl_trainer(model, count: int, longest: int, folder: str):
     )
     # With a fingerprint: making one pickles more than some versions can.
     prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * count}), fingerprint="a")
-    trainer = GRPOTrainer(
+    trainer = (kind or GRPOTrainer)(
         model,
         lambda completions, **_: [0.0] * len(completions),
         args,

@@ -183,6 +183,23 @@ def rollout(record: Record) -> list[str]:
     return [*markdown(titles, body), "", *gaps(record["rows"])]
 
 
+def drop_in(record: Record) -> list[str]:
+    titles = ["a micro-batch", "trainer", "time", "x TRL", "tokens/s", "extra memory", "of TRL"]
+    body = [
+        [
+            "P={P} C={C} G={G}, {model}, {dtype}".format(**r),
+            r["provider"] + (f" {r['version']}" if r["provider"] == "TRL" else ""),
+            seconds_text(r["seconds"]),
+            form(r["over_trl"], "{:.2f}"),
+            form(r["tokens_per_second"], "{:,.0f}"),
+            mebibytes(r["extra_bytes"]),
+            form(r["of_trl_bytes"], "{:.0%}"),
+        ]
+        for r in record["rows"]
+    ]
+    return [*markdown(titles, body), "", *gaps(record["rows"])]
+
+
 TABLES: dict[str, Callable[[Record], list[str]]] = {
     "peers": peers,
     "accuracy": accuracy,
@@ -192,6 +209,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "static": static,
     "plan": plan,
     "rollout": rollout,
+    "drop_in": drop_in,
 }
 
 

@@ -58,10 +58,11 @@ NORMS = {
 }
 # The sizes of each model's published config. `small` has the proportions of Qwen2.5-0.5B (MLP over
 # hidden 5.4, head size 64, tied head), of which the trunk is most of the work and which one CPU
-# thread steps in seconds; `tiny` is for tests.
+# thread steps in seconds; `wide` has more of a real model's vocabulary, and `tiny` is for tests.
 MODELS = {
     "tiny": ModelShape("Qwen2", 32, 64, 2, 4, 2, 8, 64),
     "small": ModelShape("Qwen2", 384, 2048, 2, 6, 2, 64, 2048),
+    "wide": ModelShape("Qwen2", 256, 1024, 4, 4, 2, 64, 32768),
     "qwen2.5-0.5b": ModelShape("Qwen2", 896, 4864, 24, 14, 2, 64, 151936),
     "qwen2.5-1.5b": ModelShape("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936),
     "qwen2.5-7b": ModelShape("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, tied=False),

@@ -71,6 +71,16 @@ ROWS = {
         | {"dtype": "float32", "seconds": 0.5, "tokens_per_second": 32.0, "over_hf": 2.0}
         | {"of_roof": 0.25, "extra_bytes": 2**20, "error": None}
     ],
+    "drop_in": [
+        {"provider": name, "version": "1", "P": 4, "C": 2, "G": 8, "model": "tiny"}
+        | {"dtype": "float32", "seconds": seconds, "over_trl": seconds and 1 / seconds}
+        | {"tokens_per_second": 9.0, "extra_bytes": 2**20, "of_trl_bytes": 0.5, "error": error}
+        for name, seconds, error in (
+            ("TRL", 1.0, None),
+            ("packed", 0.25, None),
+            ("fused", None, "went to depth 'own' with this model"),
+        )
+    ],
     "static": [
         {"kernel": "_x_kernel", "variant": "fp32", "config": "BV=8", "target": target}
         | {"registers": 32, "spill_bytes": 0, "shared_bytes": 0, "occupancy": 0.75}
@@ -124,6 +134,8 @@ def test_tables_hold_the_figures(tmp_path):
     assert "| ours | 1.0e-07 | 2.0e-07 | 3.0e-07 | yes |" in text["accuracy"]
     assert "| 1.1 s | 1 s | +10% | 0 MiB | 0 MiB | -10% |" in text["plan"]
     assert "| 500 ms | 32 | 2.00 | 0.25 | 1 MiB |" in text["rollout"]
+    assert "| packed | 250 ms | 4.00 | 9 | 1 MiB | 50% |" in text["drop_in"]
+    assert "| TRL 1 |" in text["drop_in"]
     assert "| x, fp32, BV=8 | 32 | 0 | 0 | 0.75 | 2 |" in text["static"]
     assert text["static"].count("x, fp32") == 1  # of one target
 
