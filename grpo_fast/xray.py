@@ -29,8 +29,10 @@ SCRIPTS = (
     "data", "charts", "loss", "advantage", "whatif", "forks", "tokens", "why", "group", "page",
 )  # fmt: skip
 STYLES = ("report.css", "xray.css")
-# Of the embedded arrays, in base64; a page of twice that still opens at once, and can be mailed.
+# Of the embedded steps; a page of twice that still opens at once, and can be mailed.
 MOST_BYTES = 5_500_000
+# The first, the last and the one of the worst finding find room, however large a step is.
+LEAST_STEPS = 3
 MOST_TEXT = 20_000
 ABSENT = (
     "No token log in this run: log_tokens_mb was 0, or the log is of a trainer that does not write "
@@ -108,46 +110,57 @@ class Embedded(NamedTuple):
     entry: dict[str, Any]
     step: TokenStep
     """With the groups that are embedded."""
+    size: int
+    """Bytes it takes on the page."""
     cut: int
     """Groups left out."""
 
 
 def _embed(tokens: TokenSource, order: Sequence[int]) -> dict[int, Embedded]:
-    """Steps in this order, as many as fit: the first always, with as many groups as fit."""
+    """Steps in this order, as many as fit; of a step no more than its share, and the first always,
+    at least with a group."""
     embedded: dict[int, Embedded] = {}
     room = MOST_BYTES
     for step in order:
         read = tokens.read(step)
         if not read.meta["groups"]:
             continue
-        one = _encode(read, room=room if not embedded else None)
-        size = len(one.entry["data"])
-        if embedded and size > room:
+        one = _fitting(read, MOST_BYTES // min(LEAST_STEPS, len(order)))
+        if embedded and one.size > room:
             break
         embedded[step] = one
-        room -= size
+        room -= one.size
     return embedded
 
 
-def _encode(step: TokenStep, room: int | None) -> Embedded:
+def _fitting(step: TokenStep, room: int) -> Embedded:
+    """The step with as many groups as fit, at least one, first those that teach."""
+    whole = _encode(step)
     groups = step.meta["groups"]
-    kept, count = [], 0
-    # 4 / 3 for base64; a little is won by compression, which cannot be known before.
-    token_bytes = sum(a.itemsize for name, a in step.arrays.items() if a.ndim) * 4 / 3
-    for group in groups:
-        count += sum(c["stop"] - c["start"] for c in group["completions"])
-        if kept and room is not None and count * token_bytes > room:
+    if whole.size <= room or len(groups) == 1:
+        return whole
+    # All tokens take about the same.
+    left = len(step.arrays["token_ids"]) * room / whole.size
+    kept: set[int] = set()
+    for place in sorted(range(len(groups)), key=lambda k: not any(groups[k]["advantages"])):
+        left -= sum(one["stop"] - one["start"] for one in groups[place]["completions"])
+        if kept and left < 0:
             break
-        kept.append(group)
-    step = _only(step, kept) if len(kept) < len(groups) else step
+        kept.add(place)
+    some = _encode(_only(step, [groups[k] for k in sorted(kept)]))
+    return some._replace(cut=len(groups) - len(kept))
+
+
+def _encode(step: TokenStep) -> Embedded:
     layout, blocks = [], []
     for name, array in step.arrays.items():
         array = np.ascontiguousarray(array.astype(_STORED.get(array.dtype.name, array.dtype)))
         layout.append([name, array.dtype.name, len(array)])
         blocks.append(array.tobytes() + b"\0" * (-array.nbytes % 4))
     data = base64.b64encode(zlib.compress(b"".join(blocks), 6)).decode("ascii")
-    entry = {"meta": _page_meta(step.meta), "layout": layout, "data": data}
-    return Embedded(entry, step, len(groups) - len(kept))
+    meta = _page_meta(step.meta)
+    size = len(data) + len(json.dumps(meta))
+    return Embedded({"meta": meta, "layout": layout, "data": data}, step, size, 0)
 
 
 def _only(step: TokenStep, groups: Sequence[dict[str, Any]]) -> TokenStep:

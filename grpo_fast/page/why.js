@@ -9,21 +9,21 @@ const WEIGHTS = {
 };
 
 function ratioName(config) {
-  return levelOf(config) === "token" ? "ratio" : "ratio of the sequence";
+  return levelOf(config) === "token" ? "ratio" : "the sequence\u2019s ratio";
 }
 
 // [formula, numbers, what it means] of the policy term.
-function policyLines(config, lp, r, A, slope) {
+function policyLines(config, lp, r, A) {
   const bounds = boundsOf(config);
   const a = short(A, true);
   if (config.loss_type === "cispo") {
     const held = clamp(r, bounds.low, bounds.high);
     const side = r > bounds.high ? `> ${short(bounds.high)}` : r < bounds.low ? `< ${short(bounds.low)}` : null;
     return ["\u2212sg(clip(r, low, high)) A log p", `\u2212${short(held)} \u00d7 ${a} \u00d7 ${short(lp)}`,
-      side ? `ratio ${short(r)} ${side}: the weight is held at ${short(held)}, the gradient stays`
-        : `ratio ${short(r)} within the bounds: the weight is the ratio`];
+      side ? `${ratioName(config)} ${short(r)} ${side}: the weight is held at ${short(held)}, the gradient stays`
+        : `${ratioName(config)} ${short(r)} within the bounds: the weight is the ratio`];
   }
-  if (bounds) return clipLines(bounds, r, A);
+  if (bounds) return clipLines(bounds, r, A, ratioName(config));
   if (config.loss_type === "sapo") {
     const tau = A > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg;
     return ["\u2212(4 / tau) sigmoid(tau (r \u2212 1)) A",
@@ -41,7 +41,7 @@ function policyLines(config, lp, r, A, slope) {
   return [formula, `A = ${a}, log p = ${short(lp)}, r = ${short(r)}`, meaning];
 }
 
-function clipLines({ low, high, cap, dual }, r, A) {
+function clipLines({ low, high, cap, dual }, r, A, name) {
   const a = short(A, true), shown = short(r);
   const free = cap < Infinity ? `min(${shown}, ${short(cap)})` : shown;
   const formula = cap < Infinity ? "\u2212min(min(r, delta) A, clip(r, low, high) A)" : "\u2212min(r A, clip(r, low, high) A)";
@@ -49,11 +49,11 @@ function clipLines({ low, high, cap, dual }, r, A) {
   const { state } = clipTerm(r, A, { low, high, cap, dual });
   const within = `[${short(low)}, ${short(high)}]`;
   const said = {
-    [FREE]: `ratio ${shown} within ${within}: gradient kept`,
-    [LOW]: `ratio ${shown} < ${short(low)} and A = ${a}: clipped, gradient 0`,
-    [HIGH]: `ratio ${shown} > ${short(high)} and A = ${a}: clipped, gradient 0`,
-    [CAPPED]: `ratio ${shown} > ${short(Math.min(cap, dual))} and A = ${a}: capped, gradient 0`,
-    [BEYOND]: `ratio ${shown} outside ${within}, but A = ${a} pulls it back: gradient kept`,
+    [FREE]: `${name} ${shown} within ${within}: gradient kept`,
+    [LOW]: `${name} ${shown} < ${short(low)} and A = ${a}: clipped, gradient 0`,
+    [HIGH]: `${name} ${shown} > ${short(high)} and A = ${a}: clipped, gradient 0`,
+    [CAPPED]: `${name} ${shown} > ${short(Math.min(cap, dual))} and A = ${a}: capped, gradient 0`,
+    [BEYOND]: `${name} ${shown} outside ${within}, but A = ${a} pulls it back: gradient kept`,
   }[state];
   return [formula, numbers, A === 0 ? "A = 0: the policy term teaches nothing" : said];
 }

@@ -38,11 +38,20 @@ def test_first_last_and_wanted_steps_come_first_then_ever_finer_halves():
 def test_the_page_stays_small_and_says_how_much_is_left_out(log, monkeypatch):
     whole = build_xray(log, [])
     assert whole.said == "7 of 7 steps embedded."
-    sizes = [len(entry["data"]) for entry in island(whole)["steps"]]
+    entries = island(whole)["steps"]
+    sizes = [len(entry["data"]) + len(json.dumps(entry["meta"])) for entry in entries]
     monkeypatch.setattr(xray, "MOST_BYTES", int(3.5 * max(sizes)))
     some = build_xray(log, [])
     assert some.said == "3 of 7 steps embedded."
     assert [entry["meta"]["step"] for entry in island(some)["steps"]] == [1, 4, 7]
+    # Large steps give up groups, and first those without an advantage.
+    monkeypatch.setattr(xray, "MOST_BYTES", int(2.5 * min(sizes)))
+    parts = build_xray(log, [])
+    assert re.fullmatch(r"3 of 7 steps embedded, \d groups left out.*", parts.said)
+    assert len(parts.island) - len(json.dumps(island(parts)["vocabulary"])) < 3 * min(sizes)
+    for entry in island(parts)["steps"]:
+        assert any(any(group["advantages"]) for group in entry["meta"]["groups"])
+        assert 0 not in [group["index"] for group in entry["meta"]["groups"]]
     monkeypatch.setattr(xray, "MOST_BYTES", 10)
     least = build_xray(log, [])
     assert least.said == "1 of 7 steps embedded, 2 groups left out to keep the page small."
