@@ -73,7 +73,7 @@ def real_matrix() -> str:
         all_sick += len(own)
     well = [run for run in runs if run.name == "healthy"]
     false = [f"{rule} (seed {run.seed})" for run in well for rule in run.alarms]
-    lines += ["", f"Found: {found} of {all_sick} runs, {found / all_sick:.0%}."]
+    lines += ["", f"Found: {found} of {all_sick} runs, {found / all_sick:.0%}; the goal is 95 %."]
     lines.append(
         f"False alarms in {len(well)} healthy demos of 60 steps: {', '.join(false) or 'none'}."
     )
