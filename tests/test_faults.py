@@ -1,5 +1,6 @@
 """The demo made sick on purpose: every fault's config, and some of them run for real."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_a_fault_runs_for_real_and_the_doctor_says_so(base, tmp_path, capsys, na
     live = [line for line in lines if re.match(rf"(warning|error) {rule} ", line)]
     assert f" at step {step}: " in live[0]
     assert main(["doctor", str(tmp_path / "run"), "--fail-on", "warning"]) == 1
+
+
+def test_recorded_runs_of_every_fault_are_found_within_25_steps():
+    """Real demos, trained by docs/doctor_matrix.py; what is missed stands in docs/doctor.md."""
+    script = Path(__file__).resolve().parent.parent / "docs/doctor_matrix.py"
+    spec = importlib.util.spec_from_file_location("doctor_matrix", script)
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    runs = matrix.outcomes()
+    found = {
+        (run.name, run.seed): run.alarms.get(FAULTS[run.name].rule, 99) <= 25
+        for run in runs
+        if run.name != "healthy"
+    }
+    assert {name for (name, _), seen in found.items() if seen} == set(FAULTS)
+    # 94 % of the 34 runs so far; the goal, 95 %, and what is missed stand on the page.
+    assert sum(found.values()) / len(found) >= 0.9
+    assert matrix.RUNS.stat().st_size < 200_000
 
 
 def test_a_healthy_run_closes_with_nothing_above_info(tmp_path):
