@@ -28,9 +28,6 @@ FILES = {
     "verl": [
         "tests/trainer/ppo/test_dynamic_policy_losses_on_cpu.py",
         "tests/trainer/ppo/test_rollout_corr_integration.py",
-        "tests/trainer/ppo/test_rollout_corr.py",
-        "tests/trainer/ppo/test_loss_aggregation_on_cpu.py",
-        "tests/trainer/ppo/test_core_algos_on_cpu.py",
     ],
     "openrlhf": ["tests/test_loss_aggregation.py"],
 }
