@@ -220,7 +220,7 @@ def gradient(run: History, limits: Limits) -> Seen | None:
     usual = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
     if norm > own["ratio"] * usual and norm > usual + own["sigma"] * spread:
-        return Seen("warning", f"grad_norm {norm:.3g}, {norm / max(usual, 1e-30):.1f} x the median")
+        return Seen("warning", f"grad_norm {norm:.3g}, where the median is {usual:.3g}")
     return None
 
 
