@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
-from ..loss_config import LossConfig
+from ..loss_config import AGGREGATIONS, BELONGS_TO, LossConfig
 from ..objective import VESPO_LOG_LEAST, bounds_of
 from ..ops import linear_grpo_loss, linear_logprob
 from ..outputs import LossOutput
@@ -34,7 +34,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     """`liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`, exact in the model's own dtype.
 
     compiled and chunk_size change nothing here. Where Liger is wrong without a word this is right
-    (advantages per token, padding under luspo) or raises ConfigError (beta without a reference).
+    (advantages per token, padding under luspo); an option that Liger ignores without a word is
+    ignored with a warning (beta without a reference).
     """
 
     def __init__(
@@ -59,11 +60,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
-        if beta and not use_ref_model:
-            raise ConfigError(
-                f"beta = {beta} with use_ref_model = False is a KL of 0 in Liger: set beta = 0.0, "
-                "or use_ref_model = True and pass ref_per_token_logps"
-            )
+        # Liger has a KL in its result wherever beta is not 0.
+        self.kl_is_zero = bool(beta) and not use_ref_model
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ConfigError("loss_type 'dr_grpo' divides by max_completion_length: set it")
         # VESPO has no level; Liger's default is no wish for one.
@@ -72,24 +70,26 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             if (loss_type, importance_sampling_level) == ("vespo", "token")
             else (importance_sampling_level)
         )
-        self.config = LossConfig(
-            loss_type=loss_type,
-            beta=beta,
-            epsilon=epsilon_low,
-            epsilon_high=None if epsilon_high == epsilon_low else epsilon_high,
-            delta=delta,
-            max_completion_length=max_completion_length,
-            importance_sampling_level=level,
-            temperature=temperature,
-            use_bias_correction_kl=use_bias_correction_kl,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-            vespo_k_pos=vespo_k_pos,
-            vespo_lambda_pos=max(vespo_lambda_pos, TRL_LEAST_LAMBDA),
-            vespo_k_neg=vespo_k_neg,
-            vespo_lambda_neg=max(vespo_lambda_neg, TRL_LEAST_LAMBDA),
-            log_ratio_clamp=TRL_LOG_RATIO_CLAMP,
-        )
+        one_bound = epsilon_high == epsilon_low and loss_type != "cispo"
+        options = {
+            "loss_type": loss_type,
+            "beta": beta,
+            "epsilon": epsilon_low,
+            "epsilon_high": None if one_bound else epsilon_high,
+            "delta": delta,
+            "max_completion_length": max_completion_length,
+            "importance_sampling_level": level,
+            "temperature": temperature,
+            "use_bias_correction_kl": use_bias_correction_kl,
+            "sapo_temperature_pos": sapo_temperature_pos,
+            "sapo_temperature_neg": sapo_temperature_neg,
+            "vespo_k_pos": vespo_k_pos,
+            "vespo_lambda_pos": max(vespo_lambda_pos, TRL_LEAST_LAMBDA),
+            "vespo_k_neg": vespo_k_neg,
+            "vespo_lambda_neg": max(vespo_lambda_neg, TRL_LEAST_LAMBDA),
+            "log_ratio_clamp": TRL_LOG_RATIO_CLAMP,
+        }
+        self.config = LossConfig(**_read(options, use_ref_model=use_ref_model))
 
     def forward(
         self,
@@ -151,7 +151,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             config=config,
             **more,
         )
-        kl = (output.metrics["kl"],) if config.beta else ()
+        kl = (output.metrics["kl"],) if config.beta else (output.loss.new_zeros(()),)
+        kl = kl if config.beta or self.kl_is_zero else ()
         return output.loss, (*kl, _clipped(output, _like(advantages, mask), mask, config))
 
     def _reference(self, ids, mask, ref_input, ref_weight, ref_bias) -> Tensor:
@@ -167,6 +168,38 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         targets = ids.masked_fill(~mask, 0)
         options = {"bias": bias, "temperature": self.config.temperature}
         return linear_logprob(hidden, weight, targets, **options).logprobs
+
+
+def _read(options: dict[str, Any], *, use_ref_model: bool) -> dict[str, Any]:
+    """The options, those that Liger never reads at their defaults, and one warning of them all."""
+    defaults = {field.name: field.default for field in dataclasses.fields(LossConfig)}
+    kind = options["loss_type"]
+    of_others = {name for name, owners in BELONGS_TO.items() if kind not in owners}
+    # A level that a loss does not have is refused, by Liger too.
+    of_others -= {"importance_sampling_level"}
+    if kind == "cispo":
+        of_others |= {"epsilon"}
+        if options["epsilon_high"] < 1:
+            warnings.warn(
+                f"epsilon_high = {options['epsilon_high']} is the largest ratio of loss_type "
+                "'cispo', and scales every gradient down: 5.0 is usual",
+                stacklevel=3,
+            )
+    if not use_ref_model:
+        of_others |= {"beta"}
+    if not use_ref_model or not options["beta"]:
+        of_others |= {"use_bias_correction_kl"}
+    unread = [n for n in options if n in of_others and options[n] != defaults[n]]
+    # The names that the caller knows.
+    names = {"epsilon": "epsilon_low"}
+    if kind in AGGREGATIONS and unread:
+        listed = ", ".join(f"{names.get(name, name)} = {options[name]!r}" for name in unread)
+        warnings.warn(
+            f"{listed}: no effect with loss_type {kind!r}, use_ref_model = {use_ref_model} and "
+            f"beta = {options['beta']}, in Liger and here: leave it out",
+            stacklevel=3,
+        )
+    return options | {name: defaults[name] for name in unread}
 
 
 def _tokens_of_step(items: int | Tensor | None) -> float | Tensor | None:

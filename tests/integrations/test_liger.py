@@ -2,6 +2,7 @@
 option, and what Liger gets wrong without a word."""
 
 import inspect
+import re
 import itertools
 
 import pytest
@@ -284,19 +285,50 @@ def test_both_signatures_are_liger_s():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"use_ref_model": False}, "beta = 0.04 with use_ref_model = False is a KL of 0 in Liger"),
+        ({"beta": 0.1, "use_ref_model": False}, "beta = 0.1: no effect"),
+        ({"loss_type": "cispo", "epsilon_high": 0.3}, "0.3 is the largest ratio"),
+        ({"loss_type": "cispo", "epsilon_low": 0.3, "epsilon_high": 2.0}, "epsilon_low = 0.3: no"),
+        ({"loss_type": "sapo", "epsilon_high": 0.28}, "epsilon_high = 0.28: no effect"),
+        ({"loss_type": "sapo", "delta": 2.0}, "delta = 2.0: no effect"),
+        ({"loss_type": "grpo", "sapo_temperature_pos": 2.0}, "sapo_temperature_pos = 2.0: no"),
+        (
+            {"beta": 0.0, "use_ref_model": False, "use_bias_correction_kl": True},
+            "use_bias_correction_kl = True: no effect",
+        ),
+    ],
+    ids=str,
+)
+def test_what_liger_ignores_is_ignored_with_a_warning(options, words):
+    with pytest.warns(UserWarning, match=re.escape(words)) as said:
+        loss = LigerFusedLinearGRPOLoss(**options)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    given = inputs()
+    needed = {"ref_per_token_logps": given["old_per_token_logps"] - 0.1} if loss.config.beta else {}
+    ours, kept = loss(**given, **needed)
+    expected, theirs_kept = theirs()(**options, compiled=False)(**given, **needed)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+    assert len(kept) == len(theirs_kept)
+    for found, right in zip(kept, theirs_kept, strict=True):
+        torch.testing.assert_close(found, torch.as_tensor(right), rtol=2e-6, atol=2e-6)
+
+
+def test_options_that_are_read_need_no_warning(recwarn):
+    for options in ({}, {"loss_type": "sapo"}, {"loss_type": "cispo", "epsilon_high": 5.0}):
+        LigerFusedLinearGRPOLoss(**options)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
         ({"loss_type": "dr_grpo"}, "divides by max_completion_length: set it"),
-        ({"loss_type": "cispo"}, "needs epsilon_high"),
-        ({"loss_type": "sapo", "epsilon_high": 0.28}, "epsilon_high = 0.28 has no effect"),
-        ({"loss_type": "sapo", "delta": 2.0}, "delta = 2.0 has no effect"),
-        ({"loss_type": "grpo", "sapo_temperature_pos": 2.0}, "sapo_temperature_pos = 2.0 has no"),
-        ({"beta": 0.0, "use_bias_correction_kl": True}, "use_bias_correction_kl has no effect"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "leave it out"),
         ({"loss_type": "gpro"}, "did you mean 'grpo'"),
     ],
     ids=str,
 )
-def test_what_liger_ignores_is_refused(options, words):
+def test_what_liger_cannot_do_either_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         LigerFusedLinearGRPOLoss(**options)
 
@@ -310,8 +342,6 @@ def test_what_liger_ignores_is_refused(options, words):
     ids=str,
 )
 def test_what_a_call_lacks_is_named(options, more, words):
-    import re
-
     with pytest.raises((ConfigError, InputError), match=re.escape(words)):
         LigerFusedLinearGRPOLoss(**options)(**inputs() | more)
 
