@@ -2,8 +2,8 @@
 option, and what Liger gets wrong without a word."""
 
 import inspect
-import re
 import itertools
+import re
 
 import pytest
 import torch
