@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = {
     "train": "--max-steps 1 --prompts-per-step 2 --group-size 2 --max-completion-length 4 "
     "--eval-prompts 2 --device cpu",
+    "demo": "--max-steps 2 --eval-prompts 2 --prompts-per-step 2",
     "bench": "--kernel segment_reduce --target sm_90",
 }
 
@@ -63,6 +65,8 @@ def test_commands_run_in_the_order_of_the_readme(desk):
             run(["make", "--dry-run", *words[1:]], ROOT)
         else:
             assert words[0] == "grpo-fast", line
+            if words[1] == "diff":
+                shutil.copytree(desk / words[2], desk / words[3])
             if words[1] == "bench" and "--static" not in words:
                 run([*words, "--help"], desk)
             else:
