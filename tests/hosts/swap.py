@@ -34,7 +34,7 @@ def pytest_configure(config) -> None:
         sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
 
 
-# Its token ids are no words of a stand-in: TRL fails at its embedding, or all is taken as truncated.
+# Its token ids are no words of a stand-in: TRL's embedding fails, or all is taken as truncated.
 OF_QWEN = ("test_train_with_mask_truncated_completions",)
 
 
