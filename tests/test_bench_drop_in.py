@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from grpo_bench import drop_in, hosts, main
 from grpo_bench.drop_in import DropInSeat, play
@@ -23,8 +24,11 @@ assert hosts  # puts TRL onto the path
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the seats set it: put back afterwards
+def _as_before(monkeypatch):
+    """Seats sit in processes of their own, and change what is the whole process's."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    transformers.utils.logging.enable_progress_bar()
 
 
 def off_by_a_thousandth():

@@ -311,8 +311,9 @@ def make():
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """For one file: as long as it is there its event loop runs, and no test has one of its own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
