@@ -9,8 +9,10 @@ How deep that goes is decided once, for the model and the config, and logged in 
     own      nothing: TRL's code as it is
 
 Generation, rewards, advantages, optimizer and every metric stay TRL's lines: its `_compute_loss` is
-called with log-probs that are known already, for what it logs and remembers. Several processes of
-DDP average their gradients once an optimizer step, when all of them have all of theirs.
+called with log-probs that are known already, for what it logs and remembers. TRL spreads a group
+over the micro-batches of an optimizer step: packed, they are made together, with the first of them,
+and a prompt is forwarded once for all of its group. Several processes of DDP average their
+gradients once an optimizer step, when all of them have all of theirs.
 
 Shapes: `B` rows of a micro-batch, `P` and `C` padded length of prompts and completions.
 """
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..loss_config import LossConfig
 from ..model import check_head, head, hidden_states
 from ..ops import linear_grpo_loss
@@ -66,11 +68,14 @@ class GRPOTrainer(Host):
     depth: Depth = "packed"
     """The deepest way that may be taken, set on the class; `own` turns all of this off."""
     _measured: tuple[Tensor, Tensor] | None = None
+    _since = 0
+    """Micro-batches since the last optimizer step."""
     _said: frozenset[str] = frozenset()
 
     @functools.wraps(Host.__init__)
     def __init__(self, *args, **kwargs):
         self._taken: Depth = "own"
+        self._ahead: dict[int, tuple[Tensor, Tensor]] = {}
         super().__init__(*args, **kwargs)
         self._taken = self._decide()
 
@@ -132,9 +137,14 @@ class GRPOTrainer(Host):
         return self._taken in ("packed", "fused") and replicated(self.accelerator)
 
     def training_step(self, model, inputs, num_items_in_batch):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._ahead.clear()
+            raise
         if self.accelerator.sync_gradients and self._averages():
             average_gradients(self.accelerator.unwrap_model(model).parameters())
+        self._since = 0 if self.accelerator.sync_gradients else self._since + 1
         return loss
 
     def _say(self, text: str) -> None:
@@ -146,14 +156,20 @@ class GRPOTrainer(Host):
         depth = self._depth_of(inputs)
         if not torch.is_grad_enabled():
             return super()._compute_loss(model, inputs)
+        if self._ahead and id(inputs) not in self._ahead:
+            raise InputError(
+                "a micro-batch is not the one of which the gradient was made with the first of its "
+                "optimizer step: change them all before that one, or set GRPOTrainer.depth = "
+                "'fused'"
+            )
         network = self.accelerator.unwrap_model(model)
         if depth in ("own", "kernel"):
             return super()._compute_loss(network if self._averages() else model, inputs)
-        config, denominators = self._step_loss(inputs)
-        make = self._packed if depth == "packed" else self._fused
         with whole_or_none(network) if depth == "packed" else contextlib.nullcontext():
             with profiling_context(self, POLICY_PASS), self._forward():
-                loss, logps, entropy = make(network, inputs, config, denominators)
+                loss, logps, entropy = (self._packed if depth == "packed" else self._fused)(
+                    network, inputs
+                )
             # Where a token is no part of the loss, a ratio of 1: TRL takes exp before it masks.
             other = inputs.get("old_per_token_logps")
             if other is not None:
@@ -161,10 +177,10 @@ class GRPOTrainer(Host):
             self._measured = (logps, entropy)
             try:
                 with torch.no_grad():
-                    super()._compute_loss(model, inputs)
+                    theirs = super()._compute_loss(model, inputs)
             finally:
                 self._measured = None
-        return loss
+        return delivered(theirs) if loss is None else loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -234,8 +250,9 @@ class GRPOTrainer(Host):
             coefficient = 0.0
         return dataclasses.replace(self._loss, entropy_coef=coefficient / steps)
 
-    def _fused(self, model, inputs, config, denominators) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused(self, model, inputs) -> tuple[Tensor, Tensor, Tensor]:
         """(loss with its graph, log-probs, entropies), [B, C] each, from TRL's padded batch."""
+        config, denominators = self._step_loss(inputs)
         names = ("ids", "mask")
         ids, attention = (
             torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in names
@@ -259,8 +276,34 @@ class GRPOTrainer(Host):
         )
         return loss, logps, entropy
 
-    def _packed(self, model, inputs, config, denominators) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from packed rows, the gradient delivered."""
+    def _packed(self, model, inputs) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The same from packed rows, the gradient delivered; None for the loss of one of several
+        micro-batches, which TRL adds up itself."""
+        if (place := id(inputs)) in self._ahead:
+            return None, *self._ahead.pop(place)
+        batches = self._together(inputs)
+        if len(batches) == 1:
+            return self._delivered(model, inputs, *self._step_loss(inputs))
+        _, *made = self._delivered(model, _joined(batches), *self._step_loss(inputs))
+        parts = zip(*(x.split(len(inputs["completion_ids"])) for x in made), strict=True)
+        self._ahead = {id(batch): part for batch, part in zip(batches, parts, strict=True)}
+        return None, *self._ahead.pop(place)
+
+    def _together(self, inputs) -> list[dict]:
+        """The micro-batches of the optimizer step that `inputs` begins, where one loss of all of
+        them is the sum of theirs; otherwise `inputs` alone."""
+        steps, size = self.current_gradient_accumulation_steps, self.args.steps_per_generation
+        first = self._step % size
+        batches = (self._buffered_inputs or [])[first : first + steps]
+        # Both have a mean over the tokens of the micro-batch.
+        alone = self._loss.loss_type == "bnpo" or getattr(self, "_entropy_bonus_enabled", False)
+        if alone or self._since or len(batches) != steps or batches[0] is not inputs:
+            return [inputs]
+        shapes = {batch["completion_ids"].shape for batch in batches}
+        packed = all(self._depth_of(batch) == "packed" for batch in batches)
+        return batches if packed and len(shapes) == 1 else [inputs]
+
+    def _delivered(self, model, inputs, config, denominators) -> tuple[Tensor, Tensor, Tensor]:
         known = {ours: inputs[name] for name, ours in LOGPROBS.items() if name in inputs}
         groups, rows = grouped(
             *(inputs[name] for name in PADDED),
@@ -294,6 +337,13 @@ class GRPOTrainer(Host):
         """Reentrant checkpointing keeps no graph for the gradient of a prompt that waits."""
         asked = self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs
         return "off" if asked and asked.get("use_reentrant") else "auto"
+
+
+def _joined(batches: list[dict]) -> dict:
+    """Micro-batches of one generation as one."""
+    first = batches[0]
+    names = [name for name in (*PADDED, "tool_mask", "advantages", *LOGPROBS) if name in first]
+    return first | {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
 def _mask(inputs: dict) -> Tensor:

@@ -28,15 +28,17 @@ def dead_on_the_second(completion_ids, **columns):
 def with_images(trainer):
     """Every second micro-batch of rank 0 alone has an image, which a text model reads no pixel
     of."""
-    prepare, calls = trainer._prepare_inputs, []
+    prepare = trainer._prepare_inputs
 
     def prepared(batch):
-        calls.append(batch)
-        inputs = prepare(batch)
-        if RANK or len(calls) % 2:
-            return inputs
-        size = len(inputs["prompt_ids"])
-        return inputs | {"pixel_values": torch.zeros(size, 3), "num_images": [1] * size}
+        prepare(batch)
+        batches = trainer._buffered_inputs
+        for k, inputs in enumerate(batches):
+            if RANK == 0 and k % 2 and "num_images" not in inputs:
+                size = len(inputs["prompt_ids"])
+                images = {"pixel_values": torch.zeros(size, 3), "num_images": [1] * size}
+                batches[k] = inputs | images
+        return batches[trainer._step % len(batches)]
 
     trainer._prepare_inputs = prepared
 

@@ -341,15 +341,17 @@ def test_experts_train_with_their_auxiliary_loss(tmp_path, caplog, scored):
 
 def with_images(trainer):
     """Every second micro-batch has an image, which a text model reads no pixel of."""
-    prepare, calls = trainer._prepare_inputs, []
+    prepare = trainer._prepare_inputs
 
     def prepared(batch):
-        calls.append(batch)
-        inputs = prepare(batch)
-        if len(calls) % 2:
-            return inputs
-        size = len(inputs["prompt_ids"])
-        return inputs | {"pixel_values": torch.zeros(size, 3), "num_images": [1] * size}
+        prepare(batch)
+        batches = trainer._buffered_inputs
+        for k, inputs in enumerate(batches):
+            if k % 2 and "num_images" not in inputs:
+                size = len(inputs["prompt_ids"])
+                images = {"pixel_values": torch.zeros(size, 3), "num_images": [1] * size}
+                batches[k] = inputs | images
+        return batches[trainer._step % len(batches)]
 
     trainer._prepare_inputs = prepared
 
@@ -583,6 +585,72 @@ def test_prompts_are_forwarded_once(folder, monkeypatch):
     trained(drop_in(), folder, max_steps=1)
     ((first, second),) = seen
     assert [len(first.completion_ids), len(second.completion_ids)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "options, calls",
+    [
+        ({"loss_type": "dapo"}, [[4, 4]] * 2),
+        ({"loss_type": "dapo", "num_iterations": 2}, [[4, 4]] * 2),
+        # Two optimizer steps a generation: a group is whole only by chance.
+        ({"loss_type": "grpo", "steps_per_generation": 4}, [8] * 2),
+        # The means of a micro-batch are nobody else's.
+        ({"loss_type": "bnpo"}, [4] * 4),
+        ({"loss_type": "dapo", "entropy_coef": 0.1}, [4] * 4),
+    ],
+    ids=str,
+)
+def test_an_optimizer_step_is_packed_as_one(folder, monkeypatch, options, calls):
+    """TRL spreads its groups over micro-batches of four."""
+    import grpo_fast.integrations.trl as integration
+
+    seen, original = [], integration.grpo_backward
+
+    def spied(model, groups, **more):
+        seen.append(sorted(len(group.completion_ids) for group in groups))
+        return original(model, groups, **more)
+
+    monkeypatch.setattr(integration, "grpo_backward", spied)
+    micro = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    # Adam makes steps of what gradients near 0 are rounded by.
+    micro |= {"learning_rate": 1e-3}
+    assert_same_training(folder, **micro, **options)
+    assert [
+        step if isinstance(call, list) else sum(step)
+        for step, call in zip(seen, calls, strict=True)
+    ] == (calls)
+    assert len(seen) == len(calls)
+
+
+def test_what_was_made_ahead_is_gone_with_an_error(folder, monkeypatch):
+    trainer = trainer_of(
+        drop_in(), folder, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    backward = trainer.accelerator.backward
+    calls = []
+
+    def failing(loss, **more):
+        calls.append(loss)
+        if len(calls) == 1:
+            raise RuntimeError("of a test")
+        return backward(loss, **more)
+
+    trainer.accelerator.backward = failing
+    with pytest.raises(RuntimeError, match="of a test"):
+        trainer.train()
+    assert not trainer._ahead
+
+
+def test_a_micro_batch_that_changes_after_its_gradient_was_made_is_an_error(folder):
+    trainer = trainer_of(
+        drop_in(), folder, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda batch: (
+        prepare(batch) if trainer._step % 2 == 0 else dict(prepare(batch))
+    )
+    with pytest.raises(InputError, match="change them all before that one"):
+        trainer.train()
 
 
 def test_a_loss_that_is_scaled_afterwards_is_an_error(folder):
