@@ -20,17 +20,15 @@ import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 import transformers
 from torch import Tensor
 
-from grpo_fast.memory import Meter
-
-from .bench_step import TOLERANCE
+from .bench_step import Check, StepSeat
 from .compare import rounds_of
-from .isolated import Call, Worker, measured
+from .isolated import Worker
 from .options import Parser
 from .provider import DTYPES, Gap, Provider
 from .record import about, written
@@ -40,9 +38,6 @@ from .steps import (
     Step,
     StepMatch,
     exact_step,
-    gradient_error,
-    gradients,
-    loss_error,
     trl_trainer,
 )
 from .timing import align, dtype_name, seconds_text, summary
@@ -103,7 +98,7 @@ def prepared(trainer, model, whole: PaddedGroup) -> Step:
 def trainer(depth: str | None = None):
     kind = host_class(depth)
 
-    def prepare(model, group) -> Step:
+    def prepare(model, group, pieces: int = 1) -> Step:
         whole = PaddedGroup.of(group, model.device)
         made = trainer_of(kind, model, whole)
         if depth is not None and made._taken != depth:
@@ -127,53 +122,16 @@ PROVIDERS = (
 )
 
 
-class Check(NamedTuple):
-    """What one right micro-batch says about itself."""
-
-    loss_error: float
-    gradient_error: float
-    extra_bytes: int
-
-
-class DropInSeat:
-    """One trainer in its own process: what it can be asked."""
+class DropInSeat(StepSeat):
+    """One trainer in its own process. The policy is its own reference, so that its KL is 0 with a
+    gradient of 0, and the truth is that of `--step`."""
 
     def __init__(self, provider: Provider):
         # What is said here would be said in the middle of a table.
         warnings.simplefilter("ignore")
         transformers.utils.logging.disable_progress_bar()
         os.environ["HF_HUB_OFFLINE"] = "1"
-        self.prepare = provider.calls()
-
-    def open(self, match: StepMatch, truth: Path) -> Check:
-        """Make model and trainer, and hold a micro-batch against the truth; Gap when wrong."""
-        self.match, self.model = match, match.network()
-        self.step = self.prepare(self.model, match.group())
-        exact = torch.load(truth)
-        # The policy is its own reference: its KL is 0, with a gradient of 0.
-        found = self._run()
-        errors = (
-            loss_error(found, exact["loss"]),
-            gradient_error(gradients(self.model), exact["gradients"]),
-        )
-        if not max(errors) <= TOLERANCE[match.dtype]:
-            raise Gap(
-                f"wrong result, not timed: loss off by {errors[0]:.1e}, gradients by "
-                f"{errors[1]:.1e}, allowed {TOLERANCE[match.dtype]:.0e}"
-            )
-        self.model.zero_grad()
-        meter = Meter(match.device)
-        self._run()
-        kept = sum(x.nbytes for x in gradients(self.model).values())
-        return Check(*errors, meter.bytes() - kept)
-
-    def _run(self) -> Tensor:
-        self.model.zero_grad()
-        return self.step()
-
-    def time(self) -> Call:
-        """One micro-batch."""
-        return measured(self._run, self.match.device)[0]
+        super().__init__(provider)
 
 
 def row(match: StepMatch, provider: Provider, found: dict, times: dict) -> dict:
@@ -188,17 +146,18 @@ def row(match: StepMatch, provider: Provider, found: dict, times: dict) -> dict:
         "longest": max(lengths),
         "dtype": dtype_name(match.dtype),
         **dict.fromkeys(("seconds", "spread", "rounds", "tokens_per_second", "over_trl")),
-        **dict.fromkeys((*Check._fields, "of_trl_bytes", "error")),
+        **dict.fromkeys(("loss_error", "gradient_error", "extra_bytes", "of_trl_bytes", "error")),
     }
     mine = found[provider.name]
     if isinstance(mine, str):
         return line | {"error": mine}
-    line |= mine._asdict() | summary(times[provider.name])
+    line |= {"loss_error": mine.loss_error, "gradient_error": mine.gradient_error}
+    line |= {"extra_bytes": mine.extra} | summary(times[provider.name])
     line["tokens_per_second"] = (g * p + sum(lengths)) / line["seconds"]
     if BASE in times:
         pairs = zip(times[BASE], times[provider.name], strict=True)
         line["over_trl"] = statistics.median(b / m for b, m in pairs)
-        line["of_trl_bytes"] = line["extra_bytes"] / found[BASE].extra_bytes
+        line["of_trl_bytes"] = line["extra_bytes"] / found[BASE].extra
     return line
 
 

@@ -34,8 +34,8 @@ def _as_before(monkeypatch):
 def off_by_a_thousandth():
     right = drop_in.trainer("packed")
 
-    def prepare(model, group):
-        step = right(model, group)
+    def prepare(model, group, pieces):
+        step = right(model, group, pieces)
 
         def spoiled():
             loss = step()

@@ -179,7 +179,8 @@ def test_the_fused_loss_alone_is_trl_s(folder, monkeypatch, loss_type):
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_adapters_train_as_with_trl(folder, beta):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     _, ours = assert_same_training(folder, peft_config=config, beta=beta, **TWO_ITERATIONS)
     assert all("lora" in name for name, x in ours.model.named_parameters() if x.requires_grad)
@@ -424,7 +425,8 @@ def test_zero_3_is_left_to_trl(folder, caplog):
 
 
 def test_an_adapter_on_the_head_is_refused_by_trl(folder):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         trainer_of(drop_in(), folder, peft_config=config)
