@@ -26,7 +26,8 @@ from .token_log import TokenStep
 PAGE = Path(__file__).parent / "page"
 # In this order they are one script.
 SCRIPTS = (
-    "data", "charts", "loss", "advantage", "whatif", "forks", "tokens", "why", "group", "page",
+    "data", "charts", "loss", "advantage", "whatif", "forks", "chunks", "tokens", "why", "group",
+    "page",
 )  # fmt: skip
 STYLES = ("report.css", "xray.css")
 # Of the embedded steps; a page of twice that still opens at once, and can be mailed.

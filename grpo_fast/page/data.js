@@ -82,7 +82,7 @@ function percent(share) {
 }
 
 function plural(count, noun) {
-  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+  return `${String(count).replace(/\B(?=(\d{3})+$)/g, ",")} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 // Control, format and direction characters, and halves of surrogate pairs, which would hide or

@@ -43,11 +43,7 @@ function columnOf(view, place, twins) {
   const completion = view.group.completions[place];
   const advantage = completion.advantage;
   const parts = Object.entries(completion.rewards ?? {});
-  const { box, spans } = spansOf(view, place);
-  const body = h("div", {
-    class: "tokens", dir: "ltr", role: "group", "data-testid": "tokens",
-    "aria-label": `tokens of completion ${completion.index}`,
-  }, spans.length ? box : h("em", {}, "empty"));
+  const tokens = tokenBox(view, place);
   const drop = h("input", { type: "checkbox", "data-testid": "drop", disabled: view.rule.reason != null });
   drop.checked = view.settings.dropped.has(place);
   drop.addEventListener("change", () => {
@@ -68,11 +64,12 @@ function columnOf(view, place, twins) {
       ? h("p", { class: "facts parts" }, parts.map(([name, value]) => `${name} ${value == null ? "not scored" : short(value)}`).join(" \u00b7 "))
       : null,
     chipsOf(completion, twins, view.group.size)),
-  body);
-  return { element, spans, body };
+  tokens.body);
+  return { element, ...tokens };
 }
 
 function drawGroup(view) {
+  forgetChunks();
   const { group, step } = view;
   view.order = orderOf(group);
   const twins = twinsOf(view);
@@ -122,7 +119,7 @@ function tokenOf(target) {
 }
 
 function placeOf(view, span) {
-  return view.columns.findIndex(({ body }) => body === span.parentNode);
+  return view.columns.findIndex(({ body }) => body.contains(span));
 }
 
 // One listener for all tokens of the group, whatever group is shown.

@@ -45,6 +45,7 @@ async function open(stepPlace, groupPlace, wanted = {}) {
   changed();
   $("xray-why").replaceChildren(h("p", { class: "soft" }, "Point at a token, or press Enter on one."));
   pick(wanted.token);
+  whenIdle(fillWhenIdle);
   $("xray").dataset.ready = `${step.meta.step}.${group.index}`;
 }
 

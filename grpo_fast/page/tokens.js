@@ -49,43 +49,29 @@ function classFor(name, edges, value) {
   return diverging ? `d${level - 3}` : `s${level}`;
 }
 
-// The class of every token of one completion: colour, clip cue, what is not in the loss.
-function classesOf(view, place) {
-  const { start, stop } = view.group.completions[place];
+// Colour, clip cue, what is not in the loss and forks of the tokens from ... to of a completion.
+function paintTokens(view, place, from, to) {
+  const { start } = view.group.completions[place];
+  const { spans } = view.columns[place];
   const { tokens } = view.step;
   const channel = CHANNELS[view.channel];
   const values = channel.array ? tokens[channel.array] : null;
   const edges = channel.array ? edgesOf(view, view.channel) : null;
   const states = view.whatif.result.reason ? null : view.whatif.result.terms[place]?.state;
-  const classes = [];
-  for (let at = start; at < stop; at++) {
-    if (!tokens.mask[at]) classes.push("t off");
-    else if (Number.isNaN(tokens.logprobs[at])) classes.push("t blank");
-    else {
-      const state = states ? states[at - start] : FREE;
+  const forks = view.forkPlaces[place];
+  for (let t = from; t < to; t++) {
+    const span = spans[t], at = start + t;
+    let name = "t off";
+    if (tokens.mask[at] && Number.isNaN(tokens.logprobs[at])) name = "t blank";
+    else if (tokens.mask[at]) {
+      const state = states ? states[t] : FREE;
       const colour = values ? classFor(view.channel, edges, values[at]) : STATES[state][0];
       const cue = state === LOW ? " low" : state === HIGH ? " high" : state === CAPPED ? " capped" : "";
-      classes.push(`t ${colour}${cue}`);
+      name = `t ${colour}${cue}`;
     }
+    if (forks.has(t)) name += " fork";
+    if (span.className !== name) span.className = name;
   }
-  return classes;
-}
-
-function spansOf(view, place) {
-  const { start, stop } = view.group.completions[place];
-  const ids = view.step.tokens.token_ids;
-  const { meta } = view.step;
-  const box = document.createDocumentFragment();
-  const spans = [];
-  for (let at = start; at < stop; at++) {
-    const span = document.createElement("span");
-    const text = shownPiece(ids[at]);
-    span.textContent = isEos(meta, ids[at]) ? `\u25a0${text}` : text;
-    span.token = at - start;
-    spans.push(span);
-    box.append(span);
-  }
-  return { box, spans };
 }
 
 const shownPieces = new Map();
@@ -95,15 +81,12 @@ function shownPiece(id) {
   return shownPieces.get(id);
 }
 
-// Colours again, in place: 65,000 spans keep their nodes.
+// Colours again, in place, of what is shown.
 function paint(view) {
-  view.columns.forEach(({ spans }, place) => {
-    const classes = classesOf(view, place);
-    const forks = view.forkPlaces[place];
-    spans.forEach((span, t) => {
-      const name = forks.has(t) ? `${classes[t]} fork` : classes[t];
-      if (span.className !== name) span.className = name;
-    });
+  view.columns.forEach(({ spans, waiting }, place) => {
+    for (let from = 0; from < spans.length; from += CHUNK) {
+      if (!waiting.has(from / CHUNK)) paintTokens(view, place, from, Math.min(from + CHUNK, spans.length));
+    }
   });
   drawLegend(view);
   markActive(view);
@@ -165,8 +148,9 @@ function setChannel(view, name) {
 function markActive(view) {
   view.marked?.removeAttribute("tabindex");
   view.marked?.removeAttribute("aria-current");
-  const span = view.columns[view.active.place]?.spans[view.active.token];
-  view.marked = span ?? null;
+  const { place, token } = view.active;
+  const span = view.columns[place]?.spans.length ? spanAt(view, place, token) : null;
+  view.marked = span;
   span?.setAttribute("tabindex", "0");
   if (view.pinned) span?.setAttribute("aria-current", "true");
 }

@@ -88,15 +88,19 @@ function recomputed(view, config, advantages, dropped, asTrained) {
   return groupLoss(view.sequences, config, view.step.meta, advantages, dropped, asTrained);
 }
 
-// {config, advantages, result} of the view under its settings, and as trained.
+// {config, advantages, result} of the view as trained, once, and under its settings.
 function compare(view) {
   const { meta } = view.step;
   const { settings, group } = view;
   const stored = group.completions.map((c) => c.advantage ?? 0);
-  view.trained = {
+  view.trained ??= {
     config: meta.loss, advantages: stored,
     result: recomputed(view, meta.loss, stored, new Set(), true),
   };
+  if (!view.touched()) {
+    view.whatif = view.trained;
+    return;
+  }
   let advantages = stored;
   if (settings.scale !== "trained" || settings.dropped.size) {
     const scale = settings.scale === "trained" ? view.rule.scale : settings.scale;
