@@ -45,6 +45,7 @@ def report_page(records: Records) -> str:
         name=records.name,
         headline=headline(rows),
         state=progress_state(rows, config),
+        notes=records.notes,
         tiles=tiles(rows),
         charts=[draw(chart, rows, number) for number, chart in enumerate(charts(rows))],
         no_charts=missing_matplotlib(),

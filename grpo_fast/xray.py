@@ -26,8 +26,8 @@ from .token_log import TokenStep
 PAGE = Path(__file__).parent / "page"
 # In this order they are one script.
 SCRIPTS = (
-    "data", "charts", "loss", "advantage", "whatif", "forks", "chunks", "tokens", "why", "group",
-    "page",
+    "data", "charts", "loss", "advantage", "whatif", "forks", "chunks", "precision", "tokens",
+    "why", "twins", "trend", "group", "fixture", "missing", "page",
 )  # fmt: skip
 STYLES = ("report.css", "xray.css")
 # Of the embedded steps; a page of twice that still opens at once, and can be mailed.
@@ -73,6 +73,8 @@ def build_xray(tokens: TokenSource | None, findings: Iterable[Finding]) -> Xray:
     entries = [embedded[step].entry for step in sorted(embedded)]
     island = {
         "steps": entries,
+        "stored": stored,
+        "group_test": (PAGE / "group_test.py.txt").read_text(encoding="utf-8"),
         "vocabulary": _pieces(vocabulary, embedded.values()),
         "loss_types": {
             name: {
@@ -149,7 +151,8 @@ def _fitting(step: TokenStep, room: int) -> Embedded:
             break
         kept.add(place)
     some = _encode(_only(step, [groups[k] for k in sorted(kept)]))
-    return some._replace(cut=len(groups) - len(kept))
+    gone = [group["index"] for k, group in enumerate(groups) if k not in kept]
+    return some._replace(entry=some.entry | {"left_out": gone}, cut=len(gone))
 
 
 def _encode(step: TokenStep) -> Embedded:
@@ -161,7 +164,8 @@ def _encode(step: TokenStep) -> Embedded:
     data = base64.b64encode(zlib.compress(b"".join(blocks), 6)).decode("ascii")
     meta = _page_meta(step.meta)
     size = len(data) + len(json.dumps(meta))
-    return Embedded({"meta": meta, "layout": layout, "data": data}, step, size, 0)
+    entry = {"meta": meta, "layout": layout, "data": data, "left_out": []}
+    return Embedded(entry, step, size, 0)
 
 
 def _only(step: TokenStep, groups: Sequence[dict[str, Any]]) -> TokenStep:

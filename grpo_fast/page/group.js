@@ -10,23 +10,6 @@ function orderOf(group) {
   });
 }
 
-// For every completion the indices of those with the same tokens, and how many share its reward.
-function twinsOf(view) {
-  const ids = view.step.tokens.token_ids;
-  const same = new Map(), ties = new Map();
-  const keys = view.group.completions.map(({ start, stop, reward }) => {
-    const key = ids.subarray(start, stop).join(",");
-    same.set(key, (same.get(key) ?? 0) + 1);
-    ties.set(reward, (ties.get(reward) ?? 0) + 1);
-    return key;
-  });
-  return view.group.completions.map((completion, place) => ({
-    tied: completion.reward == null ? 1 : ties.get(completion.reward),
-    copies: view.group.completions.filter((_, other) => other !== place && keys[other] === keys[place])
-      .map((other) => other.index),
-  }));
-}
-
 function chipsOf(completion, twins, size) {
   const chips = [];
   const cut = completion.finish_reason === "length";
@@ -35,6 +18,7 @@ function chipsOf(completion, twins, size) {
   if (twins.copies.length) {
     const others = twins.copies.slice(0, 3).map((index) => `#${index}`).join(", ");
     chips.push(["copy", `same tokens as ${others}${twins.copies.length > 3 ? " and more" : ""}`]);
+    if (twins.unlike) chips.push(["cut", "and another reward"]);
   }
   return h("p", { class: "chips" }, ...chips.map(([kind, text]) => h("span", { class: `chip ${kind}` }, text)));
 }
@@ -56,6 +40,7 @@ function columnOf(view, place, twins) {
   h("header", {},
     h("h4", {}, advantage > 0 ? h("span", { title: "above its group" }, "\u25b2 ") : null, `#${completion.index}`,
       h("b", { "data-testid": "reward" }, completion.reward == null ? "not scored" : `reward ${short(completion.reward)}`),
+      foldOf(view, place),
       h("label", { class: "drop", title: view.rule.reason ?? "what if it had not been there" }, drop, "drop")),
     h("p", { class: "facts" },
       `advantage ${advantage == null ? "not scored" : short(advantage, true)}`,
@@ -73,6 +58,7 @@ function drawGroup(view) {
   const { group, step } = view;
   view.order = orderOf(group);
   const twins = twinsOf(view);
+  view.folds = foldsOf(view, twins);
   view.columns = group.completions.map((_, place) => columnOf(view, place, twins[place]));
   const found = chosenForks(view);
   view.forks = found.forks;
@@ -90,6 +76,9 @@ function drawGroup(view) {
   const tokens = group.completions.reduce((sum, { start, stop }) => sum + stop - start, 0);
   $("xray-columns").classList.toggle("many", tokens > MANY_TOKENS);
   $("xray-columns").replaceChildren(...view.order.map((place) => view.columns[place].element));
+  view.folds.forEach((fold) => showFold(view, fold));
+  drawTrend(view);
+  drawFixture(view);
   drawForks(view);
   drawPush(view);
 }
@@ -141,11 +130,12 @@ function listenToTokens(current) {
     const span = tokenOf(event.target);
     if (!span || !view || event.altKey || event.ctrlKey || event.metaKey) return;
     const { place } = view.active;
-    const row = view.order.indexOf(place);
+    const seen = view.order.filter((other) => !view.columns[other].element.hidden);
+    const row = seen.indexOf(place);
     const moves = {
       ArrowRight: [place, span.token + 1], ArrowLeft: [place, span.token - 1],
       Home: [place, 0], End: [place, Infinity], Enter: [place, span.token], " ": [place, span.token],
-      ArrowDown: [view.order[row + 1], span.token], ArrowUp: [view.order[row - 1], span.token],
+      ArrowDown: [seen[row + 1], span.token], ArrowUp: [seen[row - 1], span.token],
     };
     if (event.key === "Escape") view.pinned = false;
     const to = moves[event.key];

@@ -89,7 +89,10 @@ function go(stepPlace, groupPlace, wanted) {
   const steps = island.steps.length;
   if (stepPlace < 0 || stepPlace >= steps) return Promise.resolve();
   const groups = island.steps[stepPlace].meta.groups.length;
-  return open(stepPlace, clamp(groupPlace, 0, groups - 1), wanted).then(() => remember(view));
+  return open(stepPlace, clamp(groupPlace, 0, groups - 1), wanted).then(() => {
+    sayMissing("");
+    remember(view);
+  });
 }
 
 // Without a wish: of the last step the group whose completions differ most in reward.
@@ -109,7 +112,11 @@ function goToFragment(scroll) {
   const stepPlace = found < 0 ? island.steps.length - 1 : found;
   const { meta } = island.steps[stepPlace];
   const groupPlace = found < 0 ? -1 : meta.groups.findIndex((group) => group.index === wanted.group);
+  const missing = missingFrom(location.hash);
+  // A token of the wanted group is none of the one shown instead.
+  if (missing) wanted.token = null;
   open(stepPlace, groupPlace < 0 ? mostTelling(meta) : groupPlace, wanted).then(() => {
+    sayMissing(missing && `${missing} Shown: step ${view.step.meta.step}, group ${view.group.index}.`);
     if (scroll) $("xray").scrollIntoView();
   });
 }

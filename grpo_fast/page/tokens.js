@@ -2,6 +2,7 @@
 
 // Upper edges of the classes d-3 ... d3 and s0 ... s5.
 const RATIO_EDGES = [0.5, 0.8, 0.98, 1.02, 1.25, 2];
+const GAP_EDGES = [-0.5, -0.1, -0.01, 0.01, 0.1, 0.5];
 const STATES = [
   ["k0", "within the bounds"], ["k1", "held at the lower bound"], ["k2", "held at the upper bound"],
   ["k3", "capped (delta, dual clip)"], ["k4", "outside, gradient not clipped"],
@@ -13,6 +14,7 @@ const CHANNELS = {
   entropy: { label: "entropy", array: "entropy", edges: [0.05, 0.25, 0.5, 1, 2] },
   clip: { label: "clip state" },
   mass: { label: "gradient mass", array: "gradient_mass", edges: [0.01, 0.05, 0.1, 0.25, 0.5], relative: true },
+  gap: { label: "sampler gap", array: "sampler_logprobs", values: gapsOf, edges: GAP_EDGES, diverging: true },
 };
 
 // The arrays of a step may lack some: {name: why it cannot be chosen}.
@@ -29,6 +31,14 @@ function edgesOf(view, name) {
   if (!relative) return edges;
   const most = largest(view);
   return edges.map((e) => e * most);
+}
+
+// [T] of the step; what is computed from several arrays, once.
+function valuesOf(view, { array, values }) {
+  if (!values) return array ? view.step.tokens[array] : null;
+  view.step.computed ??= new Map();
+  if (!view.step.computed.has(values)) view.step.computed.set(values, values(view.step));
+  return view.step.computed.get(values);
 }
 
 function largest(view) {
@@ -55,7 +65,8 @@ function paintTokens(view, place, from, to) {
   const { spans } = view.columns[place];
   const { tokens } = view.step;
   const channel = CHANNELS[view.channel];
-  const values = channel.array ? tokens[channel.array] : null;
+  const values = valuesOf(view, channel);
+  const lens = view.channel === "gap";
   const edges = channel.array ? edgesOf(view, view.channel) : null;
   const states = view.whatif.result.reason ? null : view.whatif.result.terms[place]?.state;
   const forks = view.forkPlaces[place];
@@ -67,7 +78,7 @@ function paintTokens(view, place, from, to) {
       const state = states ? states[t] : FREE;
       const colour = values ? classFor(view.channel, edges, values[at]) : STATES[state][0];
       const cue = state === LOW ? " low" : state === HIGH ? " high" : state === CAPPED ? " capped" : "";
-      name = `t ${colour}${cue}`;
+      name = `t ${colour}${lens ? "" : cue}${lens && isPhantom(view, at) ? " phantom" : ""}`;
     }
     if (forks.has(t)) name += " fork";
     if (span.className !== name) span.className = name;
@@ -113,11 +124,14 @@ function drawLegend(view) {
       entries.push(entry(name, text));
     }
   }
-  entries.push(entry("low", "clipped low"), entry("high", "clipped high"), entry("off", "not in the loss"),
+  if (view.channel === "gap") entries.push(entry("phantom", `clipped by rounding, if the sampler were the old policy: ${phantomsIn(view)}`));
+  else entries.push(entry("low", "clipped low"), entry("high", "clipped high"));
+  entries.push(entry("off", "not in the loss"),
     entry("blank", "not forwarded: teaches nothing"), entry("fork", "fork"));
   const about = {
     ratio: "policy over old policy", logprob: "nats", kl: "nats, to the reference", entropy: "nats",
     clip: "under the options of \u201cwhat if\u201d",
+    gap: "nats, old policy less sampler: with the same weights 0 but for rounding",
     mass: "norm of the token\u2019s row of d(loss) / d(logits)",
   }[view.channel];
   $("xray-legend").replaceChildren(h("li", { class: "about" }, `${channel.label}, ${about}:`), ...entries);
@@ -158,6 +172,7 @@ function markActive(view) {
 function moveTo(view, place, token, focus) {
   const spans = view.columns[place]?.spans;
   if (!spans?.length) return;
+  unfoldAround(view, place);
   view.active = { place, token: clamp(token, 0, spans.length - 1) };
   view.pinned = true;
   markActive(view);

@@ -124,6 +124,9 @@ function drawWhy(view, place, token) {
     if (tokens.keep && !tokens.keep[at]) {
       parts.push(h("p", {}, "Not among the tokens of highest entropy (top_entropy_quantile): no policy term."));
     }
+    if (tokens.sampler_logprobs && isPhantom(view, at)) {
+      parts.push(h("p", {}, "To the sampler\u2019s log-prob the ratio is beyond the bounds, to the old policy\u2019s it is not: rounding alone."));
+    }
     parts.push(h("dl", {}, ...rows), branch(view, "trained", place, token));
     if (view.touched()) parts.push(branch(view, "whatif", place, token));
   }

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,7 +187,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.browser
-def test_the_groups_of_a_real_run_add_up_to_the_loss_of_its_step(run, visit):
+def test_the_groups_of_a_real_run_add_up_to_the_loss_of_its_step(run, visit, tmp_path):
     from grpo_fast.records import open_records
 
     records = open_records(run)
@@ -201,7 +203,14 @@ def test_the_groups_of_a_real_run_add_up_to_the_loss_of_its_step(run, visit):
             losses.append(float(value))
             again = page.get_by_test_id("whatif-loss").get_attribute("data-value")
             assert float(again) == float(value)
+            with page.expect_download() as download:
+                page.get_by_test_id("fixture-save").click()
+            download.value.save_as(tmp_path / download.value.suggested_filename)
         row = next(row for row in records.rows if row["step"] == step)
         assert len(losses) == 3
         # The step adds up some hundred tokens of size 0.01 in float32.
         assert sum(losses) == pytest.approx(row["loss"], rel=1e-5, abs=1e-7)
+    # And each is a test that passes: the eager loss has what the run stored.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "30 passed" in done.stdout, done.stdout
