@@ -199,14 +199,13 @@ function objectiveOf(sequence, live, config, A, ratio) {
 // {value, byLogp} of the KL estimator at d = logp - ref.
 function klTerm(difference, config) {
   const d = clamped(difference, config.log_ratio_clamp);
-  const [kind, plus] = [config.kl_estimator.slice(0, 2), config.kl_estimator.endsWith("+")];
-  const [value, slope] = {
-    k1: [d, 1],
-    k2: [(d * d) / 2, d],
-    k3: [Math.expm1(-d) + d, -Math.expm1(-d)],
-    ab: [Math.abs(d), Math.sign(d)],
-  }[kind];
-  return { value, byLogp: plus ? d : slope };
+  const told = (value, slope) => ({ value, byLogp: config.kl_estimator.endsWith("+") ? d : slope });
+  switch (config.kl_estimator.replace("+", "")) {
+    case "k1": return told(d, 1);
+    case "k2": return told((d * d) / 2, d);
+    case "abs": return told(Math.abs(d), Math.sign(d));
+    default: return told(Math.expm1(-d) + d, -Math.expm1(-d));
+  }
 }
 
 // Per token of one completion: term (unweighted), slope d(loss)/d(logp), ratio, kl, state.
