@@ -305,7 +305,7 @@ def _gap(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
 _EQUAL = View("equal rewards", _equal_rewards)
 _KL = View("highest KL", _mean_of(_kl), "kl", _kl)
 _RATIO = View("ratios furthest from 1", _mean_of(_far), "ratio", _far)
-_SAMPLER = View("sampler furthest off", _mean_of(_gap), "logprob", _gap)
+_SAMPLER = View("sampler furthest off", _mean_of(_gap), "gap", _gap)
 _SHOWS = {
     "R1": _EQUAL,
     "R2": _EQUAL,

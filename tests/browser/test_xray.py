@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -127,6 +129,21 @@ def test_a_finding_links_to_the_group_that_shows_it(log, rule, name):
         spans = [slice(c["start"], c["stop"]) for c in group["completions"]]
         most = max((arrays["kl"][s] * arrays["mask"][s]).max() for s in spans)
         assert arrays["kl"][spans[index]][at] == most
+
+
+@pytest.mark.parametrize("rule", ["R5", "R15"])
+def test_a_sampler_that_is_off_is_shown_through_the_precision_lens(log, rule):
+    found = SimpleNamespace(rule=SimpleNamespace(id=rule), steps=[5])
+    (link,) = xray.found_links(found, xray._embed(log, [5]))
+    wanted = parse_qs(link["href"][1:])
+    assert wanted["channel"] == ["gap"]
+    meta, arrays = log.read(5)
+    group = next(g for g in meta["groups"] if [str(g["index"])] == wanted["group"])
+    gap = np.abs(arrays["old_logprobs"] - arrays["sampler_logprobs"])
+    gap = np.nan_to_num(np.where(arrays["mask"] > 0, gap, 0))
+    index, at = map(int, wanted["token"][0].split("."))
+    spans = [slice(c["start"], c["stop"]) for c in group["completions"]]
+    assert gap[spans[index]][at] == max(gap[s].max() for s in spans) > 0
 
 
 def test_a_finding_of_steps_without_tokens_has_no_link(log):
