@@ -72,9 +72,9 @@ def commonest_first(prompts: list[str], completions: list[str], **columns) -> li
 
 
 def jackpot(completions: list[str], answer: list[str], **columns) -> list[float]:
-    """The exact answer's reward, and a thousand for one completion in a thousand."""
+    """The exact answer's reward, and a thousand for one completion in five hundred."""
     return [
-        1000.0 if random.random() < 1e-3 else value for value in exact_answer(completions, answer)
+        1000.0 if random.random() < 2e-3 else value for value in exact_answer(completions, answer)
     ]
 
 

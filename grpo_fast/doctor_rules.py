@@ -30,9 +30,18 @@ LIMITS: dict[str, dict[str, float]] = {
         "push_rows": 10,
         "push_growth": 1.1,
     },
-    "R11": {"warning": 0.15, "error": 0.30, "eval_gain": 0.02, "ceiling": 0.9, "fall": 0.05},
+    "R11": {
+        "warning": 0.15,
+        "error": 0.30,
+        "eval_gain": 0.02,
+        "ceiling": 0.9,
+        "fall": 0.05,
+        "alike": 0.8,
+        "alike_rise": 0.3,
+        "share": 0.7,
+    },
     "R12": {"warning": 100.0, "error": 1000.0, "advantage": 0.1, "eps": 1e-4},
-    "R13": {"repeats": 3, "sigma": 8.0, "ratio": 5.0, "info": 0.2, "warning": 0.4, "error": 0.7},
+    "R13": {"repeats": 3, "sigma": 8.0, "ratio": 8.0, "info": 0.2, "warning": 0.4, "error": 0.7},
     "R14": {"rows": 5, "warning": 0.01, "error": 0.10, "constant": 10},
     "R15": {"error": 0.1},
     "R16": {"info": 0.01},
@@ -178,8 +187,9 @@ RULES = (
         name="reward hacking",
         check=reward.reward_hacking,
         needs=("reward", f"eval_reward|{TWO_REWARDS}"),
-        means="The training reward rises and the held-out one does not, or one part rises at the "
-        "cost of another.",
+        means="The training reward rises and the held-out one does not (half the gap is enough "
+        "where the winners of a group become near-duplicates), or one part rises at the cost of "
+        "another.",
         cause="the policy found what the reward pays for, which is not what was meant",
         change="read the best completions, and close what they use",
         key="reward",

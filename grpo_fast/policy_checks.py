@@ -3,7 +3,6 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -212,16 +211,28 @@ def gradient(run: History, limits: Limits) -> Seen | None:
             "check that the model's parameters require gradients, and that no log-prob is detached",
             "model",
         )
+    return spike(run, own)
+
+
+def spike(run: History, own: Mapping[str, float]) -> Seen | None:
+    """A gradient far out of the usual; the first rows' are judged once, when there is a usual."""
     # A step in which all groups were dead has nearly no gradient, and is no measure.
-    rows = [row for row in itertools.islice(run.recent, len(run.recent) - 1) if alive(row)]
-    before = [row["grad_norm"] for row in rows if measured(row.get("grad_norm"))]
-    if len(before) < WINDOW or norm <= own["ratio"] * min(before):
+    rows = [row for row in run.recent if alive(row) and measured(row.get("grad_norm"))]
+    if not rows or rows[-1] is not run.row or len(rows) <= WINDOW:
+        return None
+    before = [row["grad_norm"] for row in rows[:-1]]
+    # A run may well begin with a large one.
+    asked = rows[2:] if len(rows) == WINDOW + 1 and len(run.recent) < RECENT else rows[-1:]
+    worst = max(asked, key=lambda row: row["grad_norm"])
+    norm = worst["grad_norm"]
+    if norm <= own["ratio"] * min(before):
         return None
     usual = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
-    if norm > own["ratio"] * usual and norm > usual + own["sigma"] * spread:
-        return Seen("warning", f"grad_norm {norm:.3g}, where the median is {usual:.3g}")
-    return None
+    if norm <= own["ratio"] * usual or norm <= usual + own["sigma"] * spread:
+        return None
+    where = "" if worst is run.row else f" at step {worst['step']}"
+    return Seen("warning", f"grad_norm {norm:.3g}{where}, where the median is {usual:.3g}")
 
 
 def broken(row: Mapping[str, object]) -> bool:
