@@ -20,7 +20,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "R5": {"info": 0.01, "warning": 0.1, "growth": 2.0, "ess": 0.3, "low": 0.5, "high": 2.0},
     "R6": {"info": 0.0, "warning": 0.02, "error": 0.10},
     "R7": {"info": 0.10, "warning": 0.20, "error": 0.40, "asymmetry": 3.0},
-    "R8": {"floor": 0.10, "halved": 0.5, "drop": 0.30, "rise": 1.5},
+    "R8": {"floor": 0.10, "halved": 0.5, "drop": 0.30, "rise": 1.5, "held": 0.05},
     "R9": {"info": 0.05, "warning": 0.15, "error": 0.50},
     "R10": {
         "growth": 1.5,
@@ -38,7 +38,7 @@ LIMITS: dict[str, dict[str, float]] = {
         "fall": 0.05,
         "alike": 0.8,
         "alike_rise": 0.3,
-        "share": 0.7,
+        "share": 0.9,
     },
     "R12": {"warning": 100.0, "error": 1000.0, "advantage": 0.1, "eps": 1e-4},
     "R13": {"repeats": 3, "sigma": 8.0, "ratio": 8.0, "info": 0.2, "warning": 0.4, "error": 0.7},

@@ -156,7 +156,7 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
     if now != now or start <= 0:
         return None
     reward = run.trend("reward", SLOW_LEAST) if now > own["rise"] * start else None
-    if reward is not None and reward.falls:
+    if reward is not None and reward.falls and not held_out_holds(run, own):
         return Seen(
             "warning",
             f"entropy rose {start:.3g} -> {now:.3g} while reward fell "
@@ -187,6 +187,15 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
             "warning", f"{said}; at this pace 10 % is reached at step {run.step + left:.0f}"
         )
     return None
+
+
+def held_out_holds(run: History, own: Mapping[str, float]) -> bool:
+    """A fresh held-out reward is where it was before the reward's window: other prompts, no
+    fall."""
+    evals, rewards = run.series.get("eval_reward"), run.series["reward"].steps
+    if evals is None or len(evals) < 2 or evals.steps[-1] < rewards[-WINDOW]:
+        return False
+    return evals.values[-1] > evals.around(rewards[-SLOW_LEAST], 1) - own["held"]
 
 
 def gradient(run: History, limits: Limits) -> Seen | None:
