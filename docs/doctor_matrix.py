@@ -20,10 +20,9 @@ from grpo_fast.faults import Fault, read_faults
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(__file__).with_name("doctor_runs.json.gz")
 FAULTS = read_faults(ROOT / "examples")
-SICK_SEEDS, HEALTHY_SEEDS = range(25, 30), range(30, 50)
+SICK_SEEDS, HEALTHY_SEEDS = range(50, 55), range(55, 75)
 SEEDS = """Limits and faults
-were tuned on other seeds (0 to 24): these runs were not seen before the rules were as they are."""
-PROMPTS = "8"
+were tuned on other seeds (0 to 49): these runs were not seen before the rules were as they are."""
 # Rows of a fault's run; what is not seen within 25 steps counts as not found.
 WITHIN = 25
 QUICK = {
@@ -33,7 +32,6 @@ QUICK = {
     "kl-explosion": 8,
     "stale-sampler": 12,
     "too-hard": 10,
-    "too-easy": 10,
     "truncation": 10,
     "rewards-lost": 6,
     "endless-warmup": 6,
@@ -75,10 +73,10 @@ class Outcome(NamedTuple):
 
 
 def command(name: str, seed: int) -> list[str]:
-    """Arguments of the demo of a seed; `healthy` is the demo itself with a fault's few prompts."""
+    """Arguments of the demo of a seed; `healthy` is the demo itself."""
     words = ["--seed", str(seed)]
     if name == "healthy":
-        return [*words, "--prompts-per-step", PROMPTS]
+        return words
     return [*words, "--max-steps", str(QUICK.get(name, WITHIN))]
 
 

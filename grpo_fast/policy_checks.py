@@ -62,6 +62,9 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
         return None
     if not kl.rises or solved(run, limits) or held_out_rose(run, limits, slow(run, "reward")):
         return None
+    # A KL that only swings has been there before.
+    if kl.last < own["height"] * highest(run, "kl", slow(run, "reward") // 3):
+        return None
     reward = run.trend("reward", slow(run, "reward"))
     if reward is None or reward.change > own["noise"] * reward.noise:
         return None
@@ -73,6 +76,13 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
         f"over the last {slow(run, 'reward')} rows kl went {kl.first:.3g} -> {kl.last:.3g} while "
         f"reward went {reward.first:.3f} -> {reward.last:.3f} (noise {reward.noise:.3f})",
     )
+
+
+def highest(run: History, name: str, third: int) -> float:
+    """The highest mean of `third` values that lie wholly before a trend's last third."""
+    series = run.series[name]
+    ends = range(third, len(series) - third + 1)
+    return max((series.mean(end - third, end) for end in ends), default=0.0)
 
 
 def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
@@ -166,7 +176,8 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
             "learning_rate",
         )
     values = run.series["entropy"].values
-    ago = statistics.fmean(values[-13:-10]) if len(values) >= 13 else math.nan
+    # What only comes back from a rise has not collapsed.
+    ago = min(statistics.fmean(values[-13:-10]), start) if len(values) >= 13 else math.nan
     if now > own["halved"] * start and not now < (1 - own["drop"]) * ago:
         return None
     if not reward_flat(run, limits, min(SLOW_LEAST, len(run.series["reward"]))):
