@@ -43,8 +43,9 @@ rule is told apart here by construction; real faults are above.
 MATRIX_SEEDS = range(5)
 REAL = """## Measured on real demos
 
-`grpo-fast demo --fault NAME`, {prompts} prompts a step, and `grpo-fast demo` as it is; trained by `docs/doctor_matrix.py` and kept in `doctor_runs.json.gz`: a
-changed rule is measured on them without training. {seeds}
+`grpo-fast demo --fault NAME`, {prompts} prompts a step, and `grpo-fast demo` as it is; trained by
+`docs/doctor_matrix.py` and kept in `doctor_runs.json.gz`: a changed rule is measured on them
+without training. {seeds}
 
 Found: a warning or an error within {within} steps. Others: alarms of other rules in the same runs,
 with the number of runs; most are what the fault also does (a policy that explodes is never right).
