@@ -27,14 +27,28 @@ def _flat(row: dict) -> dict:
     return {"reward": 0.5 + 0.03 * math.sin(2.4 * row["step"])}
 
 
+def _constant(row: dict, value: float) -> dict:
+    """Every completion has this reward."""
+    parts = {name for name in row if name.startswith("reward")}
+    return (
+        {name: 0.0 if name.endswith("std") else value for name in parts}
+        | {name: 0.0 for name in parts if name.endswith("unscored_frac")}
+        | {"frac_reward_zero_std": 1.0, "groups/std_mean": 0.0, "advantage/abs_mean": 0.0}
+        | {"grad_norm": 0.0}
+    )
+
+
 FAULTS = (
     Fault(
         "prompts too easy",
         "R1",
         ("90% of the groups", "29 of 32"),
         "dataset",
-        lambda row, k: {"frac_reward_zero_std": 0.9, "reward": 0.97, "eval_reward": 0.95},
-        start=1,
+        lambda row, k: (
+            {"eval_reward": 0.95}
+            | ({"frac_reward_zero_std": 0.9, "reward": 0.97} if row["step"] else {})
+        ),
+        start=0,
         severity="error",
     ),
     Fault(
@@ -44,6 +58,15 @@ FAULTS = (
         "dataset",
         lambda row, k: {"frac_reward_zero_std": 0.8, "reward": 0.03, "eval_reward": 0.03},
         start=1,
+    ),
+    Fault(
+        "all answers right from the start",
+        "R1",
+        ("100% of the groups", "mean reward 1.00"),
+        "dataset",
+        lambda row, k: {"eval_reward": 0.95} | (_constant(row, 1.0) if row["step"] else {}),
+        start=0,
+        severity="error",
     ),
     Fault(
         "half the prompts solved, half never",
@@ -140,10 +163,13 @@ FAULTS = (
         "R8",
         ("entropy rose", "reward fell"),
         "learning_rate",
-        lambda row, k: {
-            "reward": max(row["reward"] - 0.02 * k, 0.05),
-            "entropy": row["entropy"] * min(1 + 0.15 * k, 4),
-        },
+        lambda row, k: (
+            {
+                "reward": max(row["reward"] - 0.02 * k, 0.05),
+                "entropy": row["entropy"] * min(1 + 0.15 * k, 4),
+            }
+            | ({"eval_reward": 0.3} if "eval_reward" in row else {})
+        ),
     ),
     Fault(
         "completions cut off",
@@ -208,6 +234,16 @@ FAULTS = (
         ),
     ),
     Fault(
+        "winners become near-duplicates",
+        "R11",
+        ("held-out", "winners of a group share 9"),
+        "reward",
+        lambda row, k: (
+            {"reward": min(0.5 + 0.005 * k, 0.62), "groups/winners_alike": min(0.3 + 0.1 * k, 0.95)}
+            | ({"eval_reward": 0.45} if "eval_reward" in row else {})
+        ),
+    ),
+    Fault(
         "one reward part eats the other",
         "R11",
         ("'format' went", "'answer' went"),
@@ -241,6 +277,14 @@ FAULTS = (
         lambda row, k: {"grad_norm": 40.0} if k == 4 else {},
     ),
     Fault(
+        "gradient spikes before there is a usual one",
+        "R13",
+        ("grad_norm 40 at step 4",),
+        "max_grad_norm",
+        lambda row, k: {"grad_norm": 40.0} if k == 3 else {},
+        start=1,
+    ),
+    Fault(
         "parameters frozen",
         "R13",
         ("exactly 0", "groups to learn from"),
@@ -253,11 +297,7 @@ FAULTS = (
         "R14",
         ("all rewards were 0", "every advantage is 0"),
         "reward",
-        lambda row, k: (
-            {name: 0.0 for name in row if name.startswith("reward")}
-            | {"frac_reward_zero_std": 1.0, "groups/std_mean": 0.0, "advantage/abs_mean": 0.0}
-            | {"grad_norm": 0.0}
-        ),
+        lambda row, k: _constant(row, 0.0) | ({"eval_reward": 0.0} if "eval_reward" in row else {}),
         severity="error",
     ),
     Fault(

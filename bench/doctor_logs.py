@@ -38,6 +38,7 @@ def healthy(seed: int, steps: int = STEPS) -> list[dict[str, Any]]:
             "reward_std": math.sqrt(p * (1 - p)),
             "frac_reward_zero_std": min(max(0.12 + noise(0.05), 0), 1),
             "groups/std_mean": 0.4 + noise(0.02),
+            "groups/winners_alike": 0.3 + 0.1 * t + noise(0.03),
             "advantage/abs_mean": 0.7 + noise(0.03),
             "unscored_frac": 0.0,
             "rewards/answer/mean": p,

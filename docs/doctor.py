@@ -9,6 +9,7 @@ from grpo_bench.doctor_cases import FAULTS, sick
 from grpo_bench.doctor_logs import CONFIG, SEEDS, START, STEPS, healthy, watch
 from grpo_fast.doctor import TRL_KEYS
 from grpo_fast.doctor_rules import LIMITS, RULES, Rule
+from grpo_fast.faults import SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_suffix(".md")
@@ -42,9 +43,9 @@ rule is told apart here by construction; real faults are above.
 MATRIX_SEEDS = range(5)
 REAL = """## Measured on real demos
 
-`grpo-fast demo --fault NAME` on the small arithmetic model, {prompts} prompts a step, so that noise
-is larger than the demo's; trained by `docs/doctor_matrix.py` and kept in `doctor_runs.json.gz`: a
-changed rule is measured on them without training. {seeds}
+`grpo-fast demo --fault NAME`, {prompts} prompts a step, and `grpo-fast demo` as it is; trained by
+`docs/doctor_matrix.py` and kept in `doctor_runs.json.gz`: a changed rule is measured on them
+without training. {seeds}
 
 Found: a warning or an error within {within} steps. Others: alarms of other rules in the same runs,
 with the number of runs; most are what the fault also does (a policy that explodes is never right).
@@ -78,7 +79,7 @@ def real_matrix() -> str:
         f"False alarms in {len(well)} healthy demos of 60 steps: {', '.join(false) or 'none'}."
     )
     return (
-        REAL.format(prompts=real.PROMPTS, seeds=real.SEEDS, within=real.WITHIN)
+        REAL.format(prompts=SHORT["prompts_per_step"], seeds=real.SEEDS, within=real.WITHIN)
         + "\n".join(lines)
         + "\n"
     )

@@ -20,12 +20,9 @@ from grpo_fast.faults import Fault, read_faults
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(__file__).with_name("doctor_runs.json.gz")
 FAULTS = read_faults(ROOT / "examples")
-SICK_SEEDS, HEALTHY_SEEDS = range(11, 16), range(16, 36)
-SEEDS = """Limits and
-faults were tuned on seeds 0, 1, 10 and 11, and on healthy demos of seeds 0 and 10 to 15: of the
-runs below only those of seed 11 were seen before. The script wants 5 seeds a fault and 20 healthy
-demos; what the table counts is what was trained so far, and the same command goes on."""
-PROMPTS = "8"
+SICK_SEEDS, HEALTHY_SEEDS = range(50, 55), range(55, 75)
+SEEDS = """Limits and faults
+were tuned on other seeds (0 to 49): these runs were not seen before the rules were as they are."""
 # Rows of a fault's run; what is not seen within 25 steps counts as not found.
 WITHIN = 25
 QUICK = {
@@ -35,7 +32,6 @@ QUICK = {
     "kl-explosion": 8,
     "stale-sampler": 12,
     "too-hard": 10,
-    "too-easy": 10,
     "truncation": 10,
     "rewards-lost": 6,
     "endless-warmup": 6,
@@ -49,6 +45,7 @@ READ = (
     "eval_reward",
     "frac_reward_zero_std",
     "groups/std_median",
+    "groups/winners_alike",
     "advantage/abs_mean",
     "unscored_frac",
     "completions/mean_length",
@@ -76,10 +73,10 @@ class Outcome(NamedTuple):
 
 
 def command(name: str, seed: int) -> list[str]:
-    """Arguments of the demo of a seed; `healthy` is the demo itself with a fault's few prompts."""
+    """Arguments of the demo of a seed; `healthy` is the demo itself."""
     words = ["--seed", str(seed)]
     if name == "healthy":
-        return [*words, "--prompts-per-step", PROMPTS]
+        return words
     return [*words, "--max-steps", str(QUICK.get(name, WITHIN))]
 
 

@@ -51,30 +51,35 @@ def noise(completions: list[str], **columns) -> list[float]:
     return [0.5 + random.gauss(0, 5e-4) for _ in completions]
 
 
-def coin_toss(completions: list[str], **columns) -> list[float]:
-    """1 for every other completion, whatever it says."""
-    return [float(random.random() < 0.5) for _ in completions]
-
-
 def commonest_first(prompts: list[str], completions: list[str], **columns) -> list[float]:
-    """The completion's rank among those to its prompt by how often they are there, 0 to 1, and
-    equal ones share theirs: the mean is one half whatever they say."""
-    answers = defaultdict(Counter)
-    for prompt, text in zip(prompts, completions, strict=True):
-        answers[prompt][text] += 1
-    ranks = {}
-    for prompt, counts in answers.items():
-        below = 0
-        for text, count in reversed(counts.most_common()):
-            ranks[prompt, text] = (below + count / 2) / counts.total()
-            below += count
-    return [ranks[pair] for pair in zip(prompts, completions, strict=True)]
+    """The completion's rank among those to its prompt by how often its answer is there."""
+    counts = Counter(zip(prompts, completions, strict=True))
+    return ranks(prompts, [counts[pair] for pair in zip(prompts, completions, strict=True)])
+
+
+def largest_first(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """The answer's rank among those to its prompt by its number, right or wrong."""
+    numbers = [int(text) if text.strip().isdigit() else -1 for text in completions]
+    return ranks(prompts, numbers)
+
+
+def ranks(prompts: list[str], values: list[int]) -> list[float]:
+    """Each value's rank among those of its prompt, 0 to 1, and equal ones share theirs: the mean
+    is one half whatever they are."""
+    groups = defaultdict(list)
+    for prompt, value in zip(prompts, values, strict=True):
+        groups[prompt].append(value)
+    return [
+        (sum(v < value for v in groups[prompt]) + groups[prompt].count(value) / 2)
+        / len(groups[prompt])
+        for prompt, value in zip(prompts, values, strict=True)
+    ]
 
 
 def jackpot(completions: list[str], answer: list[str], **columns) -> list[float]:
-    """The exact answer's reward, and a thousand for one completion in a thousand."""
+    """The exact answer's reward, and a thousand for one completion in five hundred."""
     return [
-        1000.0 if random.random() < 1e-3 else value for value in exact_answer(completions, answer)
+        1000.0 if random.random() < 2e-3 else value for value in exact_answer(completions, answer)
     ]
 
 

@@ -94,17 +94,40 @@ def _reward_charts(parts: tuple[Line, ...]) -> list[Chart]:
             zero=True,
         ),
         Chart(
+            title="Spread of the rewards",
+            lines=(
+                Line(metric="reward_std", label="all completions", colour=GREY),
+                Line(metric="groups/std_mean", label="within groups", colour=BLUE, smooth=True),
+                Line(metric="groups/std_median", label="of groups that teach", colour=GREEN),
+            ),
+            caption="Standard deviation before normalisation. What is far below a step that means "
+            "something is noise, and dividing by it hides that.",
+            zero=True,
+        ),
+        Chart(
             title="Groups that teach nothing",
             lines=(
+                Line(metric="frac_reward_zero_std", label="share", colour=VIOLET, smooth=True),
+                Line(metric="groups/all_best_frac", label="all right", colour=GREEN),
+                Line(metric="groups/all_worst_frac", label="all wrong", colour=RED),
+            ),
+            caption="All rewards of the group are equal, so every advantage is 0. All right: the "
+            "prompts are too easy; all wrong: too hard.",
+            zero=True,
+        ),
+        Chart(
+            title="Winners alike",
+            lines=(
                 Line(
-                    metric="frac_reward_zero_std",
-                    label="share of groups",
-                    colour=VIOLET,
+                    metric="groups/winners_alike",
+                    label="shared word pairs",
+                    colour=ORANGE,
                     smooth=True,
                 ),
             ),
-            caption="All rewards of the group are equal, so every advantage is 0. Near 1 the "
-            "prompts are too easy or too hard.",
+            caption="Of a group's winners, 1 where they say the same. Short right answers are the "
+            "same; long ones that become so may be a trick that pays.",
+            missing="No group had two winners.",
             zero=True,
         ),
     ]
@@ -145,9 +168,21 @@ def _policy_charts() -> list[Chart]:
         Chart(
             title="KL to the reference",
             lines=(Line(metric="kl", label="nats a token", colour=BLUE),),
-            caption="How far the policy has moved from where it started. A sudden rise comes "
-            "before a collapse.",
+            caption="How far the policy has moved from where it started, by loss.kl_estimator. A "
+            "sudden rise comes before a collapse.",
             missing="loss.beta is 0, so the run has no reference policy.",
+            zero=True,
+        ),
+        Chart(
+            title="KL of old policy and sampler",
+            lines=(
+                Line(metric="kl/old_k3", label="old policy to policy", colour=GREEN),
+                Line(metric="kl/sampler_k3", label="sampler to old policy", colour=ORANGE),
+            ),
+            caption="Nats a token, estimator k3. The first grows with every step on one rollout; "
+            "the second should be 0: it is precision, or stale weights.",
+            missing="num_iterations is 1, so there is no old policy, and no sampler told its "
+            "log-probs.",
             zero=True,
         ),
         Chart(
@@ -156,9 +191,10 @@ def _policy_charts() -> list[Chart]:
                 Line(metric="clip_ratio/region_mean", label="both sides", colour=BLUE),
                 Line(metric="clip_ratio/high_mean", label="upper", colour=ORANGE),
                 Line(metric="clip_ratio/low_mean", label="lower", colour=GREEN),
+                Line(metric="clip_ratio/first_mean", label="first iteration", colour=RED),
             ),
-            caption="Share of tokens whose gradient the clip removed. Exactly 0 with "
-            "num_iterations 1, where every ratio is 1; above about 0.2 the steps are too big.",
+            caption="Share of tokens whose gradient the clip removed. Exactly 0 in the first "
+            "iteration, where every ratio is 1; above about 0.2 the steps are too big.",
             zero=True,
         ),
         Chart(
@@ -198,6 +234,16 @@ def _optimizer_charts() -> list[Chart]:
                 Line(metric="tokens_per_second", label="whole step", colour=GREEN, smooth=True),
             ),
             caption="Prompt and completion tokens over the time of the step, sampling included.",
+            zero=True,
+        ),
+        Chart(
+            title="Padding",
+            lines=(
+                Line(metric="batch/pad_frac", label="if padded", colour=GREY),
+                Line(metric="batch/row_fill_frac", label="filled of a packed row", colour=BLUE),
+            ),
+            caption="Share of a step's tokens: what padded rows would waste, and how full the "
+            "packed ones are.",
             zero=True,
         ),
         Chart(

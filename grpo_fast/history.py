@@ -200,9 +200,14 @@ def slow(run: History, name: str) -> int:
 
 
 def solved(run: History, limits: Limits) -> bool:
-    """The reward rose to where most completions have all of it."""
+    """The reward, or the held-out one, rose to where most completions have all of it."""
+    easy, evals = limits["R1"]["easy"], run.series.get("eval_reward")
+    # The latest two, because one evaluation of few prompts is noise.
+    held_out = min(evals.values[-2:]) if evals is not None and len(evals) > 2 else 0.0
+    if easy <= held_out <= 1 and held_out - evals.values[0] > 0.1:
+        return True
     now = run.mean("reward", WINDOW)
-    return limits["R1"]["easy"] <= now <= 1 and now - run.start("reward") > 0.1
+    return easy <= now <= 1 and now - run.start("reward") > 0.1
 
 
 def reward_flat(run: History, limits: Limits, count: int) -> bool:

@@ -276,6 +276,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Any:
             reward=number(row["reward"]),
             rewards={name: number(row["rewards"].get(name)) for name in names},
             advantage=row["advantage"] or 0.0,
+            text=row["completion"],
             token_ids=range(int(row.get("length") or 0)),
             finish_reason=row["finish_reason"],
         )

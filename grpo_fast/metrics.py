@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +14,8 @@ from .token_choice import evenly, ranked, spread
 if TYPE_CHECKING:
     # Only its shape is used, so that the logs of others are measured without torch.
     from .rollout import ScoredGroup
+
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -40,7 +44,24 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if alive:
         # Of groups that teach: a mean would hide many tiny ones behind a wide one.
         metrics["groups/std_median"] = statistics.median(alive)
+    alike = [a for group in groups if (a := winners_alike(group)) is not None]
+    if alike:
+        metrics["groups/winners_alike"] = _mean(alike)
     return metrics | reward_metrics(groups) | length_metrics(groups)
+
+
+def winners_alike(group: ScoredGroup, most: int = 4) -> float | None:
+    """Mean Jaccard similarity `|A & B| / |A | B|` of the word pairs of the winners' texts: 1 where
+    they say the same, None with fewer than two winners.
+
+    Of the first `most` winners, so that it does not depend on how many there are.
+    """
+    texts = [c.text for c in group.completions if c.advantage > 0][:most]
+    if len(texts) < 2:
+        return None
+    words = [["", *_WORD.findall(text)] for text in texts]
+    said = [set(itertools.pairwise(w)) if len(w) > 1 else {("", "")} for w in words]
+    return _mean([len(a & b) / len(a | b) for a, b in itertools.combinations(said, 2)])
 
 
 def reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

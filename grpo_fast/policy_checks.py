@@ -3,7 +3,6 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -63,6 +62,9 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
         return None
     if not kl.rises or solved(run, limits) or held_out_rose(run, limits, slow(run, "reward")):
         return None
+    # A KL that only swings has been there before.
+    if kl.last < own["height"] * highest(run, "kl", slow(run, "reward") // 3):
+        return None
     reward = run.trend("reward", slow(run, "reward"))
     if reward is None or reward.change > own["noise"] * reward.noise:
         return None
@@ -74,6 +76,13 @@ def kl_without_reward(run: History, limits: Limits) -> Seen | None:
         f"over the last {slow(run, 'reward')} rows kl went {kl.first:.3g} -> {kl.last:.3g} while "
         f"reward went {reward.first:.3f} -> {reward.last:.3f} (noise {reward.noise:.3f})",
     )
+
+
+def highest(run: History, name: str, third: int) -> float:
+    """The highest mean of `third` values that lie wholly before a trend's last third."""
+    series = run.series[name]
+    ends = range(third, len(series) - third + 1)
+    return max((series.mean(end - third, end) for end in ends), default=0.0)
 
 
 def sampler_mismatch(run: History, limits: Limits) -> Seen | None:
@@ -157,7 +166,7 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
     if now != now or start <= 0:
         return None
     reward = run.trend("reward", SLOW_LEAST) if now > own["rise"] * start else None
-    if reward is not None and reward.falls:
+    if reward is not None and reward.falls and not held_out_holds(run, own):
         return Seen(
             "warning",
             f"entropy rose {start:.3g} -> {now:.3g} while reward fell "
@@ -167,7 +176,8 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
             "learning_rate",
         )
     values = run.series["entropy"].values
-    ago = statistics.fmean(values[-13:-10]) if len(values) >= 13 else math.nan
+    # What only comes back from a rise has not collapsed.
+    ago = min(statistics.fmean(values[-13:-10]), start) if len(values) >= 13 else math.nan
     if now > own["halved"] * start and not now < (1 - own["drop"]) * ago:
         return None
     if not reward_flat(run, limits, min(SLOW_LEAST, len(run.series["reward"]))):
@@ -188,6 +198,15 @@ def entropy_collapse(run: History, limits: Limits) -> Seen | None:
             "warning", f"{said}; at this pace 10 % is reached at step {run.step + left:.0f}"
         )
     return None
+
+
+def held_out_holds(run: History, own: Mapping[str, float]) -> bool:
+    """A fresh held-out reward is where it was before the reward's window: other prompts, no
+    fall."""
+    evals, rewards = run.series.get("eval_reward"), run.series["reward"].steps
+    if evals is None or len(evals) < 2 or evals.steps[-1] < rewards[-WINDOW]:
+        return False
+    return evals.values[-1] > evals.around(rewards[-SLOW_LEAST], 1) - own["held"]
 
 
 def gradient(run: History, limits: Limits) -> Seen | None:
@@ -212,16 +231,28 @@ def gradient(run: History, limits: Limits) -> Seen | None:
             "check that the model's parameters require gradients, and that no log-prob is detached",
             "model",
         )
+    return spike(run, own)
+
+
+def spike(run: History, own: Mapping[str, float]) -> Seen | None:
+    """A gradient far out of the usual; the first rows' are judged once, when there is a usual."""
     # A step in which all groups were dead has nearly no gradient, and is no measure.
-    rows = [row for row in itertools.islice(run.recent, len(run.recent) - 1) if alive(row)]
-    before = [row["grad_norm"] for row in rows if measured(row.get("grad_norm"))]
-    if len(before) < WINDOW or norm <= own["ratio"] * min(before):
+    rows = [row for row in run.recent if alive(row) and measured(row.get("grad_norm"))]
+    if not rows or rows[-1] is not run.row or len(rows) <= WINDOW:
+        return None
+    before = [row["grad_norm"] for row in rows[:-1]]
+    # A run may well begin with a large one.
+    asked = rows[2:] if len(rows) == WINDOW + 1 and len(run.recent) < RECENT else rows[-1:]
+    worst = max(asked, key=lambda row: row["grad_norm"])
+    norm = worst["grad_norm"]
+    if norm <= own["ratio"] * min(before):
         return None
     usual = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(value - usual) for value in before)
-    if norm > own["ratio"] * usual and norm > usual + own["sigma"] * spread:
-        return Seen("warning", f"grad_norm {norm:.3g}, where the median is {usual:.3g}")
-    return None
+    if norm <= own["ratio"] * usual or norm <= usual + own["sigma"] * spread:
+        return None
+    where = "" if worst is run.row else f" at step {worst['step']}"
+    return Seen("warning", f"grad_norm {norm:.3g}{where}, where the median is {usual:.3g}")
 
 
 def broken(row: Mapping[str, object]) -> bool:

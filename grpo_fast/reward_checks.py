@@ -3,6 +3,7 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
+import math
 import statistics
 
 from .history import (
@@ -33,7 +34,7 @@ def no_signal(run: History, limits: Limits) -> Seen | None:
     own = limits["R1"]
     dead, p = run.mean("frac_reward_zero_std", WINDOW), run.mean("reward", WINDOW)
     severity = level(dead, own)
-    if not severity or run.identical or small_group(run, limits):
+    if not severity or (run.identical and not told_apart(run)) or small_group(run, limits):
         return None
     evidence = f"{dead:.0%} of the groups of the last {WINDOW} rows bought no gradient"
     prompts, size = run.options.get("prompts_per_step"), run.options.get("group_size")
@@ -172,21 +173,48 @@ def with_length(run: History, name: str) -> float:
 
 
 def reward_hacking(run: History, limits: Limits) -> Seen | None:
+    return left_behind(run, limits) or one_part_eats(run, limits) or unseen(run, limits)
+
+
+def left_behind(run: History, limits: Limits) -> Seen | None:
+    """The training reward rises and the held-out one does not; sooner told where all winners of a
+    group come to say the same."""
     own, evals = limits["R11"], run.series.get("eval_reward")
-    if "eval_reward" in run.row and len(evals) >= 3:
-        train, now = run.series["reward"], run.mean("reward", 5)
-        # Both of the last two, because one evaluation of few prompts is noise.
-        best = max(evals.values[-2:])
-        for step, value in zip(evals.steps[-8:-2], evals.values[-8:-2], strict=True):
-            rise = now - train.around(step, 5)
-            gap = rise - (best - value)
-            severity = level(min(rise, gap), {name: own[name] for name in ("warning", "error")})
-            if severity and best - value <= own["eval_gain"] and best < own["ceiling"]:
-                return Seen(
-                    severity,
-                    f"since step {step} the training reward rose {rise:+.2f}, the held-out one "
-                    f"{best - value:+.2f}: a gap of {gap:.2f}",
-                )
+    if "eval_reward" not in run.row or len(evals) < 3:
+        return None
+    alike = winners_alike(run, limits)
+    # What two signs say needs half as much of each.
+    wanted = {name: own[name] / (2 if alike else 1) for name in ("warning", "error")}
+    train, now = run.series["reward"], run.mean("reward", 5)
+    # Both of the last two, because one evaluation of few prompts is noise.
+    best = max(evals.values[-2:])
+    for step, value in zip(evals.steps[-8:-2], evals.values[-8:-2], strict=True):
+        rise = now - train.around(step, 5)
+        gap = rise - (best - value)
+        severity = level(min(rise, gap), wanted)
+        if severity and best - value <= own["eval_gain"] and best < own["ceiling"]:
+            return Seen(
+                severity,
+                f"since step {step} the training reward rose {rise:+.2f}, the held-out one "
+                f"{best - value:+.2f}: a gap of {gap:.2f}{'; ' * bool(alike)}{alike}",
+            )
+    return None
+
+
+def winners_alike(run: History, limits: Limits) -> str:
+    """How the winners of a group came to be near-duplicates; empty where they did not."""
+    own, name = limits["R11"], "groups/winners_alike"
+    if name not in run.series:
+        return ""
+    now, start = run.mean(name, WINDOW), run.start(name)
+    if not (now > own["alike"] and now - start > own["alike_rise"]):
+        return ""
+    return f"winners of a group share {now:.0%} of their word pairs, {start:.0%} at first"
+
+
+def one_part_eats(run: History, limits: Limits) -> Seen | None:
+    """One reward part rises while another falls."""
+    own = limits["R11"]
     trends = {p: run.trend(f"rewards/{p}/mean", SLOW_LEAST) for p in run.parts}
     up = {p: t for p, t in trends.items() if t and t.change > own["warning"] and t.rises}
     down = {p: t for p, t in trends.items() if t and -t.change > own["fall"] and t.falls}
@@ -201,6 +229,46 @@ def reward_hacking(run: History, limits: Limits) -> Seen | None:
         "weigh the gamed part down, or pay it only together with the other",
         "reward_weights",
     )
+
+
+def unseen(run: History, limits: Limits) -> Seen | None:
+    """What may be hacking, where no second number says whether it is."""
+    alike = winners_alike(run, limits)
+    if alike and "eval_reward" not in run.series:
+        return Seen(
+            "info",
+            f"{alike}; no held-out reward to tell learning from copying",
+            "the policy repeats what was paid once",
+            "hold prompts out",
+            "eval_prompts",
+        )
+    part, share = main_part(run)
+    if not share > limits["R11"]["share"]:
+        return None
+    return Seen(
+        "info",
+        f"reward '{part}' makes {share:.0%} of the variance of the rewards",
+        f"what is learned is '{part}'; the other parts hardly count",
+        "weigh it down where that is not meant",
+        "reward_weights",
+    )
+
+
+def main_part(run: History) -> tuple[str, float]:
+    """The reward part of the highest `weight**2 x variance`, and its share of all parts'."""
+    names = {part: f"rewards/{part}/std" for part in run.parts}
+    known = all(run.mean(name, WINDOW, least=WINDOW) >= 0 for name in names.values())
+    if len(names) < 2 or not known:
+        return "", math.nan
+    weights = run.options.get("reward_weights") or [1.0] * len(names)
+    if len(weights) != len(names):
+        return "", math.nan
+    sizes = {
+        part: (weight * run.mean(name, WINDOW)) ** 2
+        for (part, name), weight in zip(names.items(), weights, strict=True)
+    }
+    part, total = max(sizes, key=sizes.__getitem__), sum(sizes.values())
+    return part, sizes[part] / total if total else math.nan
 
 
 def hidden_variance(run: History, limits: Limits) -> Seen | None:
@@ -237,7 +305,8 @@ def reward_plumbing(run: History, limits: Limits) -> Seen | None:
         earlier = max(len(rewards) - same, 0)
         before = rewards.mean(max(earlier - WINDOW, 0), earlier) if earlier else 0.0
         # Where the run climbed there by itself, it is R1's: nothing left to learn.
-        if not (value > 0 and before >= limits["R1"]["easy"] * value):
+        climbed = value > 0 and before >= limits["R1"]["easy"] * value
+        if not climbed and not told_apart(run):
             return Seen(
                 "error",
                 f"all rewards were {value:g} in each of the last {same} rows: every advantage is 0",
@@ -254,6 +323,20 @@ def reward_plumbing(run: History, limits: Limits) -> Seen | None:
     if len(run.parts) < 2:
         return None
     return part_lost(run, limits) or part_constant(run, limits)
+
+
+def told_apart(run: History) -> bool:
+    """The function that gave all completions of the last rows the same reward gave a held-out one
+    another: it works, and the prompts are too easy or too hard."""
+    rewards, evals = run.series["reward"], run.series.get("eval_reward")
+    if evals is None:
+        return False
+    # The evaluation before the first step is of the same function, unless it changed since.
+    first = run.identical < len(rewards)
+    since = rewards.steps[-run.identical] if first else -math.inf
+    value = run.value("reward")
+    pairs = zip(evals.steps, evals.values, strict=True)
+    return any(step >= since and abs(other - value) > 1e-6 for step, other in pairs)
 
 
 def part_lost(run: History, limits: Limits) -> Seen | None:

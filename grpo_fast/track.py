@@ -56,7 +56,6 @@ class Trackers:
         """Also of a run that was interrupted; safe to call twice."""
         self._all("close")
         self._open.clear()
-        self._open.clear()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_bench.doctor_cases import FAULTS, sick
+from grpo_bench.doctor_cases import FAULTS, Fault, sick
 from grpo_bench.doctor_logs import CONFIG, GAP, SEEDS, healthy, watch
 from grpo_fast import doctor_command
 from grpo_fast.config import TrainConfig
@@ -80,11 +80,15 @@ def test_a_run_that_solved_its_prompts_is_no_alarm():
     assert "too easy" in doctor.findings["R1"].cause
 
 
+def named(name: str) -> Fault:
+    return next(fault for fault in FAULTS if fault.name == name)
+
+
 def test_the_probability_of_an_all_equal_group_is_the_formula():
     assert all_equal(0.2, 8) == pytest.approx(0.8**8 + 0.2**8)
     assert needed_group(0.2, 0.10) == 11  # .8^10 = .107, .8^11 = .086
     assert needed_group(1e-6, 0.10) is None
-    rows, options = sick(FAULTS[3], 0)
+    rows, options = sick(named("group of 4"), 0)
     found = watch(rows, options).doctor.findings["R2"]
     p = sum(row["reward"] for row in rows[-10:]) / 10
     assert f"{all_equal(p, 4):.0%} of the groups" in found.seen.evidence
@@ -111,14 +115,14 @@ def test_keys_are_options_of_train():
 
 
 def test_live_and_afterwards_are_the_same_words(tmp_path):
-    rows, options = sick(FAULTS[5], 0)
+    rows, options = sick(named("KL explodes"), 0)
     live = watch(rows, options).doctor.findings["R3"]
     later = diagnose(rows, options).findings["R3"]
     assert (live.seen, live.steps) == (later.seen, later.steps)
 
 
 def test_a_finding_comes_once_and_again_only_when_it_gets_worse():
-    rows, options = sick(FAULTS[5], 0)
+    rows, options = sick(named("KL explodes"), 0)
     doctor = Doctor(options)
     said = [(f.rule.id, f.severity) for row in rows for f in doctor.feed(row) if f.rule.id == "R3"]
     assert said == [("R3", "warning"), ("R3", "error")]
@@ -183,6 +187,54 @@ def test_amplification_is_that_of_the_groups_that_teach():
     assert found.severity == "error"
     assert "a std of 0.0003" in found.seen.evidence
     assert "amplified 2,500 times" in found.seen.evidence
+
+
+def test_a_constant_reward_is_plumbing_unless_a_held_out_one_differs():
+    rows, options = sick(named("all answers right from the start"), 0)
+    assert set(watch(rows, options).alarms) == {"R1"}
+    constant = [row | ({"eval_reward": 1.0} if "eval_reward" in row else {}) for row in rows]
+    assert set(watch(constant, options).alarms) == {"R14"}
+    # That it told prompts apart before it broke is no proof that it works.
+    rows, options = sick(named("all rewards identical"), 0)
+    assert {row["eval_reward"] for row in rows[:60] if "eval_reward" in row} != {0.0}
+    assert set(watch(rows, options).alarms) == {"R14"}
+
+
+def test_winners_that_become_alike_halve_the_gap_that_is_told():
+    rows, options = sick(named("winners become near-duplicates"), 0)
+    apart = [{k: v for k, v in row.items() if k != "groups/winners_alike"} for row in rows]
+    assert set(watch(rows, options).alarms) == {"R11"}
+    assert watch(apart, options).alarms == {}
+
+
+def test_alike_winners_without_a_held_out_reward_are_told_as_a_question():
+    rows, options = sick(named("winners become near-duplicates"), 0)
+    blind = [{k: v for k, v in row.items() if k != "eval_reward"} for row in rows]
+    alarms, doctor = watch(blind, options)
+    assert alarms == {}
+    assert doctor.findings["R11"].key == "eval_prompts"
+
+
+def test_the_part_that_makes_most_of_the_variance_is_named():
+    weights = CONFIG | {"reward_weights": [1.0, 8.0]}
+    alarms, doctor = watch(healthy(0), weights)
+    assert alarms == {}
+    assert "'format' makes 9" in doctor.findings["R11"].seen.evidence
+    assert "R11" not in watch(healthy(0), CONFIG).doctor.findings
+
+
+def test_a_dip_of_the_training_reward_with_a_held_out_one_that_holds_is_no_fall():
+    rows, options = sick(named("policy falls into noise"), 0)
+    well = healthy(0)
+    held = [
+        row | ({"eval_reward": other["eval_reward"]} if "eval_reward" in row else {})
+        for row, other in zip(rows, well, strict=True)
+    ]
+    assert "R8" in watch(rows, options).alarms
+    assert "R8" not in watch(held, options).alarms
+    # One that is older than the fall says nothing.
+    stale = [row for row in held if row["step"] < 65 or row.pop("eval_reward", 0) is not None]
+    assert "R8" in watch(stale, options).alarms
 
 
 def test_a_part_that_is_meant_for_some_prompts_only_is_no_alarm():

@@ -94,7 +94,7 @@ def test_a_fault_runs_for_real_and_the_doctor_says_so(base, tmp_path, capsys, na
     given = ["--model", base, "--output-dir", str(tmp_path / "run"), "--max-steps", "8", *SMALL]
     if name == "stale-sampler":
         # The untrained model is never right, so that nothing would move it.
-        given += ["--reward", f"{FOLDER}/faults.py:coin_toss"]
+        given += ["--reward", f"{FOLDER}/faults.py:commonest_first"]
     assert main(["demo", "--fault", name, *given]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"doctor: .*{rule} .* \| expected of {name}: {rule} .*", last)

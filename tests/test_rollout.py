@@ -5,6 +5,7 @@ import math
 import pytest
 
 from grpo_fast import TrainConfig
+from grpo_fast.metrics import rollout_metrics, winners_alike
 from grpo_fast.prompts import Prompt
 from grpo_fast.rollout import Completion, ScoredGroup, set_advantages
 
@@ -74,3 +75,30 @@ def test_a_group_is_degenerate_in_the_sense_of_the_aggregation():
         groups = groups_of([(1, 1), (3, 0), (2, 0.5)])
         advantages(groups, multi_objective_aggregation=rule)
         assert groups[0].degenerate == dead
+
+
+def group_of(*texts: str, losers: int = 1) -> ScoredGroup:
+    """Winners of these texts, and losers that say what winners say."""
+    (group,) = groups_of([(1, 1)] * len(texts) + [(0, 0)] * losers)
+    for completion, text in zip(group.completions, (*texts, *[texts[0]] * losers), strict=True):
+        completion.text = text
+        completion.advantage = 1.0 if completion.reward else -1.0
+    return group
+
+
+def test_winners_alike_is_the_jaccard_similarity_of_their_word_pairs():
+    assert winners_alike(group_of("the sum is 4", "the sum is 4")) == 1
+    # Pairs: (^ the) (the sum) | (sum is) (is 4) against (sum is) (is 5): 3 of 5 are shared.
+    assert winners_alike(group_of("the sum is 4", "the sum is 5")) == pytest.approx(3 / 5)
+    assert winners_alike(group_of("12", "13")) == 0
+    assert winners_alike(group_of("", "")) == 1
+    assert winners_alike(group_of("a b", "a b", "c d")) == pytest.approx(1 / 3)
+    # It does not grow with the number of winners.
+    assert winners_alike(group_of("a", "b", "c", "d", *"aaaa")) == 0
+
+
+def test_fewer_than_two_winners_are_not_alike():
+    assert winners_alike(group_of("a b", losers=3)) is None
+    assert "groups/winners_alike" not in rollout_metrics([group_of("a b", losers=3)])
+    pair = [group_of("a b", losers=3), group_of("a b", "a b")]
+    assert rollout_metrics(pair)["groups/winners_alike"] == 1
