@@ -165,9 +165,10 @@ ADAPTERS = {
     "openrlhf": LEAVES | {"model", "objective", "ops"},
     "open_instruct": LEAVES | {"model", "objective", "ops"},
     # A host's trainer is the caller of a step, like `trainer`.
-    "trl": LEAVES | {"model", "ops", "step"},
+    "trl": LEAVES | {"model", "ops", "outputs", "step"},
     "trl_depths": LEAVES | {"groups", "model", "step"},
     "trl_head": {"autograd", "chunked", "errors", "implementation", "products"},
+    "trl_loss": {"loss_config"},
     "trl_versions": {"errors"},
     "padded": {"groups", "live", "loss_config"},
     "gradients": {"errors"},
@@ -176,7 +177,7 @@ ADAPTERS = {
 }
 # What adapters share, and what TRL's is made of.
 SHARED = {"gradients", "hosts", "logprobs", "padded"}
-SHARED |= {"trl_depths", "trl_head", "trl_versions"}
+SHARED |= {"trl_depths", "trl_head", "trl_loss", "trl_versions"}
 TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
 # The last link to what a user types: nothing imports it.
 ENDS = {"cli", "trainer"}
