@@ -18,7 +18,7 @@ const CHANNELS = {
 // The arrays of a step may lack some: {name: why it cannot be chosen}.
 function channelReason(view, name) {
   const { array } = CHANNELS[name];
-  if (array && !view.step.tokens[array]) return "not measured in this step";
+  if (array && (!view.step.tokens[array] || view.step.meta.unmeasured.includes(array))) return "not measured in this step";
   if (name === "clip" && view.whatif.result.reason) return "not computed under these options";
   return null;
 }
@@ -60,7 +60,7 @@ function classesOf(view, place) {
   const classes = [];
   for (let at = start; at < stop; at++) {
     if (!tokens.mask[at]) classes.push("t off");
-    else if (Number.isNaN(tokens.logprobs[at])) classes.push("t blank");
+    else if (notForwarded(view.step, at)) classes.push("t blank");
     else {
       const state = states ? states[at - start] : FREE;
       const colour = values ? classFor(view.channel, edges, values[at]) : STATES[state][0];

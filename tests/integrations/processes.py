@@ -11,7 +11,9 @@ import torch
 
 # Puts the hosts onto the path.
 from grpo_bench.hosts import PEERS  # noqa: F401
+from grpo_fast.integrations.trl_callback import RunLogCallback
 from grpo_fast.tiny import tiny_tokenizer
+from grpo_fast.token_log import read_token_step, read_token_steps
 
 RANK = int(os.environ["RANK"])
 
@@ -50,6 +52,7 @@ def trained(kind, folder, options):
 
     options = dict(options)
     adapters, images = options.pop("adapters", False), options.pop("images", False)
+    logged = options.pop("logged", False)
     function = dead_on_the_second if options.pop("dead", False) else reward
     kind.depth = options.pop("depth", "packed")
     options = {
@@ -81,6 +84,8 @@ def trained(kind, folder, options):
     )
     if images:
         with_images(trainer)
+    if logged:
+        trainer.add_callback(RunLogCallback(folder / "run", trainer, existing="move"))
     trainer.train()
     return trainer
 
@@ -89,7 +94,10 @@ def result(kind, folder, options, lines):
     lines.clear()
     trainer = trained(kind, folder, options)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    run = folder / "run"
+    kept = [read_token_step(run, step).meta for step in read_token_steps(run)]
     return {
+        "kept": kept if options.get("logged") and RANK == 0 else [],
         "log": trainer.state.log_history,
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "wrapped": type(trainer.model_wrapped).__name__,

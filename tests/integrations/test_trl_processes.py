@@ -20,11 +20,12 @@ HERE = Path(__file__).resolve().parent
 RELATIVE, ABSOLUTE = 2e-5, 2e-6
 CLOCKS = ("_time", "_runtime", "_per_second")
 PACKED, FUSED, KERNEL = ("depth 'packed'",), ("depth 'fused'",), ("depth 'kernel'",)
-# Name: (what is trained, what the log says). `processes.py` knows adapters, dead, images and depth.
+# Name: (what is trained, what the log says). `processes.py` knows adapters, dead,
+# images, depth and logged.
 DDP = {
     "two iterations": (
         {"gradient_accumulation_steps": 2, "beta": 0.04, "num_iterations": 2, "max_steps": 4}
-        | {"steps_per_generation": 2},
+        | {"steps_per_generation": 2, "logged": True},
         PACKED,
     ),
     "adapters": ({"adapters": True, "loss_type": "grpo", "max_steps": 2}, PACKED),
@@ -116,6 +117,19 @@ def test_processes_train_as_with_trl(ddp, name):
     assert all(torch.equal(x, second["weights"][name]) for name, x in first["weights"].items())
     said = " ".join(first["lines"])
     assert all(words in said for words in DDP[name][1]), said
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["TRL", "drop-in"])
+def test_the_first_process_keeps_the_tokens_that_it_has(ddp, side):
+    first, second = (rank[side] for rank in ddp["two iterations"])
+    assert [meta["step"] for meta in first["kept"]] == [2, 4]
+    assert second["kept"] == []
+    for meta in first["kept"]:
+        assert meta["iteration"] == 1
+        assert meta["totals"]["completions"] == 8
+        assert "process 0 of 2 only" in meta["kept"]
+        assert {group["index"] for group in meta["groups"]} <= {0, 1}
+        assert all(group["size"] == len(group["completions"]) for group in meta["groups"])
 
 
 def test_gradients_are_averaged_whoever_has_one(ddp):
