@@ -47,6 +47,8 @@ class Row(NamedTuple):
     place: int
     """In its generation."""
     prompt_ids: list[int]
+    weight: float
+    """Of each of its tokens in the loss; NaN where it has none, or where that is not known."""
     start: int
     stop: int
 
@@ -59,7 +61,7 @@ def columns_of(batches: Sequence[MicroBatch], pad: int) -> tuple[StepColumns, li
         prompts = _prompts(batch.inputs)
         bounds = (first + part.offsets).tolist()
         places = batch.inputs[PLACES].T.tolist()
-        rows += map(Row, *places, prompts, bounds[:-1], bounds[1:])
+        rows += map(Row, *places, prompts, part.weights.tolist(), bounds[:-1], bounds[1:])
         first = bounds[-1]
     # Where a step goes over a completion more than once, the latest comes last.
     rows.sort(key=lambda row: row[:2])
@@ -79,9 +81,8 @@ def columns_of(batches: Sequence[MicroBatch], pad: int) -> tuple[StepColumns, li
         name: joined([part.arrays.get(name, np.full(len(part.slope), np.nan)) for part in parts])
         for name in names
     }
-    slope, weights = (
-        joined([getattr(part, name) for part in parts]) for name in StepColumns._fields[1:3]
-    )
+    slope = joined([part.slope for part in parts])
+    weights = np.array([row.weight for row in rows])
     return StepColumns(arrays, slope, weights, offsets), rows
 
 
@@ -119,7 +120,13 @@ def _flat(batch: MicroBatch, pad: int) -> StepColumns:
         name: torch.where(mask, values, torch.nan).numpy() for name, values in columns.items()
     }
     arrays |= {"token_ids": ids[inside].numpy(), "mask": mask.numpy()}
-    return StepColumns(arrays, slope.numpy(), weights.numpy(), offsets.numpy())
+    of_row = [
+        float(part[live][0]) if live.any() else np.nan
+        for part, live in zip(
+            weights.split(whole.tolist()), mask.split(whole.tolist()), strict=True
+        )
+    ]
+    return StepColumns(arrays, slope.numpy(), np.array(of_row), offsets.numpy())
 
 
 def _terms(

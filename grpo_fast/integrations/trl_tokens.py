@@ -233,8 +233,6 @@ class StepTokens:
 
     def _completion(self, row: Row, columns: StepColumns) -> dict[str, Any]:
         found, here = self._generations[row.generation], slice(row.start, row.stop)
-        live = columns.weights[here][columns.arrays["mask"][here]]
-        weight = float(live[0]) if len(live) else math.nan
         ids = columns.arrays["token_ids"][here]
         ended = len(ids) > 0 and int(ids[-1]) in self._eos
         cut = "length" if len(ids) >= self._trainer.max_completion_length else None
@@ -245,7 +243,7 @@ class StepTokens:
             "advantage": found.advantages[row.place],
             "finish_reason": "stop" if ended else cut,
             "text": found.completions[row.place],
-            "weight": weight,
+            "weight": row.weight,
         }
 
     def _in_words(self, chosen: Mapping[int, Sequence[str]], members: Mapping) -> str:
