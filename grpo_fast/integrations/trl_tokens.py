@@ -88,7 +88,6 @@ class StepTokens:
             delattr(self._trainer, name)
             if value is not None:
                 setattr(self._trainer, name, value)
-        self._before = {}
         if vars(self._trainer).pop("watched", False):
             self._trainer.made = None
 

@@ -5,28 +5,14 @@ import logging
 import math
 
 import pytest
-import torch
-from trl_training import drop_in, host_class, recorded
+from trl_training import MARKS, drop_in, host_class, recorded
 
 from grpo_bench.hosts import PEERS
 from grpo_fast.cli import main
 from grpo_fast.errors import ConfigError
 from grpo_fast.records import open_records
-from grpo_fast.tiny import save_tiny
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_tiny(path)
-    return path
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("kind", [host_class, drop_in], ids=["TRL", "drop-in"])

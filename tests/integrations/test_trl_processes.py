@@ -1,7 +1,6 @@
 """Two processes on CPUs: TRL and the drop-in under DDP and FSDP2 train the same weights."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -10,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl_training import WEIGHTS, assert_same_logs
 
 from grpo_bench.hosts import PEERS
 from grpo_fast.tiny import save_tiny
 
 pytestmark = pytest.mark.host
 HERE = Path(__file__).resolve().parent
-# float32 rounding, through a few steps of the optimizer.
-RELATIVE, ABSOLUTE = 2e-5, 2e-6
-CLOCKS = ("_time", "_runtime", "_per_second")
 PACKED, FUSED, KERNEL = ("depth 'packed'",), ("depth 'fused'",), ("depth 'kernel'",)
 # Name: (what is trained, what the log says). `processes.py` knows adapters, dead,
 # images, depth and logged.
@@ -96,15 +93,8 @@ def fsdp(tmp_path_factory):
 
 def assert_same(theirs, ours):
     """Whole logs, metric by metric, and the weights at the end."""
-    assert len(theirs["log"]) == len(ours["log"])
-    for expected, found in zip(theirs["log"], ours["log"], strict=True):
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            same = name.endswith(CLOCKS) or value == found[name]
-            assert same or math.isclose(found[name], value, rel_tol=RELATIVE, abs_tol=ABSOLUTE), (
-                f"step {expected['step']}: {name} {found[name]}, TRL has {value}"
-            )
-    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=1e-3, atol=1e-4)
+    assert_same_logs(theirs["log"], ours["log"])
+    torch.testing.assert_close(ours["weights"], theirs["weights"], **WEIGHTS)
 
 
 @pytest.mark.parametrize("name", DDP)

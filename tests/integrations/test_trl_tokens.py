@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from trl_training import (
+    MARKS,
     answer,
     assert_same_logs,
     drop_in,
@@ -22,13 +23,9 @@ from grpo_fast.errors import ConfigError
 from grpo_fast.integrations.trl_tokens import HOOKED
 from grpo_fast.records import open_records
 from grpo_fast.report import report_page
-from grpo_fast.tiny import save_tiny, tiny_model
+from grpo_fast.tiny import tiny_model
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = MARKS
 MICRO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "epsilon": 0.05}
 CASES = {
     "groups over micro-batches": MICRO | {"loss_type": "dapo"},
@@ -43,14 +40,6 @@ RUNS = [(case, kind) for case in CASES for kind in ("TRL", "packed")]
 RUNS += [(case, "fused") for case in list(CASES)[:3]]
 RUNS += [("two iterations", "kernel"), ("groups over micro-batches", "own")]
 BETA = 0.04
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_tiny(path)
-    return path
 
 
 def kind_of(name, monkeypatch):
@@ -131,6 +120,18 @@ def assert_rewards(group, one, ids):
     assert one["finish_reason"] == ("stop" if ids[-1] == 1 else "length")
 
 
+def assert_chosen(step):
+    """The group of the highest KL has the highest of those that are kept."""
+    means, highest = {}, None
+    for group in step.meta["groups"]:
+        spans = [np.arange(one["start"], one["stop"]) for one in group["completions"]]
+        kl = step.arrays["kl"][np.concatenate(spans)]
+        means[group["index"]] = np.nanmean(kl) if np.isfinite(kl).any() else -1.0
+        highest = group["index"] if "highest_kl" in group["chosen_by"] else highest
+    # Where nothing of the step is in the loss, none has a KL.
+    assert means.get(highest, -1.0) == max(means.values())
+
+
 @pytest.mark.parametrize("case, kind", RUNS)
 def test_stored_tokens_are_an_eager_recomputation(model, tmp_path, monkeypatch, kind, case):
     options, snapshots = CASES[case], []
@@ -158,6 +159,7 @@ def test_stored_tokens_are_an_eager_recomputation(model, tmp_path, monkeypatch, 
             biased=trainer.args.use_bias_correction_kl,
         )
         loss, stored, push = 0.0, 0, np.zeros(50)
+        assert_chosen(step)
         assert ("old_logprobs" in step.arrays) == (spread > 1)
         for group in step.meta["groups"]:
             for one in group["completions"]:

@@ -3,15 +3,23 @@
 import math
 import types
 
+import pytest
 import torch
 
 # Puts the hosts onto the path.
 from grpo_bench.hosts import PEERS  # noqa: F401
 from grpo_fast.tiny import tiny_tokenizer
 
+MARKS = [
+    pytest.mark.host,
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 # float32 rounding, through a few steps of the optimizer.
 RELATIVE, ABSOLUTE = 2e-5, 2e-6
+WEIGHTS = {"rtol": 1e-3, "atol": 1e-4}
 CLOCKS = ("_time", "_runtime", "_per_second")
+PROMPTS = {"prompt": ["ab", "abcdefgh", "12", "x"] * 4}
 TWO_ITERATIONS = {"num_iterations": 2, "steps_per_generation": 1, "max_steps": 4}
 
 
@@ -83,17 +91,13 @@ def with_sampler(**options):
     return adjust
 
 
-def config_of(folder, **options):
-    """A GRPOConfig of three steps in float32 on a CPU."""
-    from trl import GRPOConfig
-
-    options = {
+def options_of(folder, **options):
+    """Of a config of any trainer of TRL's: three steps in float32 on a CPU."""
+    return {
         "output_dir": str(folder / "unused"),
         "use_cpu": True,
         "bf16": False,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
+        "per_device_train_batch_size": 4,
         "max_steps": 3,
         "logging_steps": 1,
         "learning_rate": 1e-2,
@@ -104,7 +108,13 @@ def config_of(folder, **options):
         "disable_tqdm": True,
         **options,
     }
-    return GRPOConfig(**options)
+
+
+def config_of(folder, **options):
+    from trl import GRPOConfig
+
+    sizes = {"num_generations": 4, "max_completion_length": 8, "per_device_train_batch_size": 8}
+    return GRPOConfig(**options_of(folder, **sizes | options))
 
 
 def trainer_of(
@@ -115,7 +125,7 @@ def trainer_of(
 
     # Adapters begin at random, and before 1.10 TRL did not seed them.
     torch.manual_seed(1)
-    prompts = Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4})
+    prompts = Dataset.from_dict(PROMPTS)
     trainer = kind(
         str(folder),
         reward,
@@ -169,5 +179,17 @@ def assert_same_logs(theirs, ours, *, exact=False):
             assert same, f"step {expected['step']}: {name} {found[name]}, TRL has {value}"
 
 
-def assert_same_weights(theirs, ours):
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+def assert_same(theirs, ours):
+    """Trainers: whole logs, metric by metric, and the weights at the end."""
+    assert_same_logs(theirs.state.log_history, ours.state.log_history)
+    weights = dict(theirs.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], **WEIGHTS)
+
+
+def assert_same_training(folder, *, depth="packed", **options):
+    """With TRL's trainer and with the drop-in, which goes this deep."""
+    theirs, ours = (trained(kind, folder, **options) for kind in (host_class(), drop_in()))
+    assert ours._taken == depth
+    assert_same(theirs, ours)
+    return theirs, ours
