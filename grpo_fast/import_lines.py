@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from .errors import InputError
+from .import_tokens import FIELDS, KEY, read_tokens, take_tokens
 from .metrics import rollout_metrics
 
 # What a completion is made of, under the names that are in use; the first one there counts.
@@ -27,9 +28,12 @@ NAMES = {
     "finish_reason": ("finish_reason",),
     "length": ("token_ids", "completion_ids", "logprobs", "completion_length", "length"),
 }
-KNOWN = {name for names in NAMES.values() for name in names}
+KNOWN = FIELDS.union(*NAMES.values())
 # The divisor's addend of GRPO's advantage, as in `group_advantages`.
 EPS = 1e-4
+COMPUTED = (
+    f"advantages are not in the log: computed as (reward - mean) / (std + {EPS}) of each group"
+)
 
 Line = tuple[str, Any]
 """(`file:line`, what stands there)."""
@@ -43,14 +47,20 @@ class Found(NamedTuple):
     config: dict[str, Any]
     source: str
     notes: tuple[str, ...] = ()
+    tokens: Any = None
 
 
-def import_lines(lines: Sequence[Line], notes: Sequence[str] = ()) -> Found:
-    """Rows of steps, or completions and the rows that follow from them."""
+def import_lines(
+    lines: Sequence[Line], notes: Sequence[str] = (), places: Sequence[Path] = ()
+) -> Found:
+    """Rows of steps, or completions and the rows that follow from them; `places` are folders in
+    which a vocabulary may lie."""
     if not lines or not is_completion(lines[0][1]):
         return Found(metric_rows(lines), [], {}, "JSON lines", tuple(notes))
     completions, more = read_completions(lines)
-    return Found(measured(completions), completions, {}, "JSON lines", (*notes, *more))
+    tokens = take_tokens(completions, places, computed=COMPUTED in more)
+    rows = measured(completions)
+    return Found(rows, completions, {}, "JSON lines", (*notes, *more), tokens)
 
 
 def read_lines(path: Path) -> tuple[list[Line], list[str]]:
@@ -124,10 +134,7 @@ def read_completions(lines: Sequence[Line]) -> tuple[list[dict[str, Any]], list[
     if not all(with_step):
         notes.append("no line names a step: all completions are taken as one step")
     if _fill_advantages(completions):
-        notes.append(
-            f"advantages are not in the log: computed as (reward - mean) / (std + {EPS}) of each "
-            "group"
-        )
+        notes.append(COMPUTED)
     return completions, notes
 
 
@@ -218,7 +225,8 @@ def _completion(row: Any, where: str) -> dict[str, Any]:
     step, length, columns = _value(row, "step"), _value(row, "length"), row.get("columns")
     if not isinstance(columns, Mapping):
         columns = {name: value for name, value in row.items() if name not in KNOWN}
-    return {
+    tokens = read_tokens(row, where)
+    return ({} if tokens is None else {KEY: tokens}) | {
         "step": None if step is None else _step(step, where),
         "group": group,
         "prompt": text_of("" if prompt is None else prompt),

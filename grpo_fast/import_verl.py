@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import InputError
 from .import_lines import (
+    COMPUTED,
     KNOWN,
     Found,
     Line,
@@ -18,6 +19,8 @@ from .import_lines import (
     read_completions,
     read_lines,
 )
+from .import_tokens import take_tokens
+from .token_log import VOCABULARY
 
 # verl's name -> ours, where both measure the same thing; other names stay as they are.
 METRICS = {
@@ -66,11 +69,12 @@ def import_steps(folder: Path, home: Path) -> Found:
                 )
             lines.append((where, {"step": int(file.stem), **_shaped(row)}))
     completions, more = read_completions(lines)
-    rows = {row["step"]: row for row in measured(completions)}
     places = dict.fromkeys((folder, home))
+    tokens = take_tokens(completions, places, computed=COMPUTED in more)
+    rows = {row["step"]: row for row in measured(completions)}
     beside = [p for place in places for ext in LOGS for p in sorted(place.glob(f"*.{ext}"))]
     for path in beside:
-        if not path.stem.isdecimal():
+        if not path.stem.isdecimal() and path.name != VOCABULARY:
             logged, said = _logged(path)
             notes += said
             for row in logged:
@@ -82,6 +86,7 @@ def import_steps(folder: Path, home: Path) -> Found:
         group_size(completions),
         "verl" if ours else "JSON lines",
         (*notes, *more),
+        tokens,
     )
 
 
@@ -103,11 +108,14 @@ def import_metrics(lines: Iterable[Line], notes: Iterable[str] = ()) -> Found:
     return Found(metric_rows(_flat(lines)), [], {}, "verl", tuple(notes))
 
 
-def import_rollouts(lines: Iterable[Line], notes: Iterable[str] = ()) -> Found:
+def import_rollouts(
+    lines: Iterable[Line], notes: Iterable[str] = (), places: Iterable[Path] = ()
+) -> Found:
     """One file of completions."""
     completions, more = read_completions([(w, _shaped(r)) for w, r in lines])
+    tokens = take_tokens(completions, places, computed=COMPUTED in more)
     rows = measured(completions)
-    return Found(rows, completions, group_size(completions), "verl", (*notes, *more))
+    return Found(rows, completions, group_size(completions), "verl", (*notes, *more), tokens)
 
 
 def import_console(path: Path, text: str) -> Found:

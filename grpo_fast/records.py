@@ -18,7 +18,7 @@ from .import_verl import (
     step_files,
 )
 from .runlog import COMPLETIONS, METRICS, SCHEMA, read_completions, read_metrics, read_saved_config
-from .token_log import TokenStep, read_token_step, read_token_steps, read_vocabulary
+from .token_log import VOCABULARY, TokenStep, read_token_step, read_token_steps, read_vocabulary
 
 KNOWN = (
     f"a grpo-fast run ({METRICS}), a TRL output_dir (trainer_state.json, "
@@ -97,8 +97,9 @@ def open_records(path: str | Path) -> Records:
         raise InputError(
             f"{path} has schema {schema!r}, this version reads {SCHEMA}: pip install -U grpo-fast"
         )
-    tokens = FolderTokens(path) if path.is_dir() and read_token_steps(path) else None
-    return Records(name=path.resolve().name, tokens=tokens, **found._asdict())
+    if path.is_dir() and read_token_steps(path):
+        found = found._replace(tokens=FolderTokens(path))
+    return Records(name=path.resolve().name, **found._asdict())
 
 
 def _check_metrics(path: Path, found: Found) -> None:
@@ -127,7 +128,7 @@ def _folder(path: Path) -> Found:
     if steps:
         names = ", ".join(folder.name for folder in steps)
         raise InputError(f"{path} has rollouts in {names}: give one of these folders")
-    files = sorted(path.glob("*.jsonl"))
+    files = sorted(file for file in path.glob("*.jsonl") if file.name != VOCABULARY)
     if len(files) == 1:
         return _file(files[0])
     raise InputError(f"no run in {path}: expected {KNOWN}")
@@ -146,8 +147,8 @@ def _file(path: Path) -> Found:
     if is_file_log(first):
         return import_metrics(lines, notes)
     if is_rollout(first):
-        return import_rollouts(lines, notes)
-    return import_lines(lines, notes)
+        return import_rollouts(lines, notes, [path.parent])
+    return import_lines(lines, notes, [path.parent])
 
 
 def _is_json(text: str) -> bool:

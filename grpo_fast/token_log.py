@@ -155,8 +155,11 @@ def read_token_step(folder: str | Path, step: int) -> TokenStep:
 def read_vocabulary(folder: str | Path) -> dict[int, str]:
     """Token id -> text, of every id in the kept steps; an unfinished last line is left out."""
     path = Path(folder) / FOLDER / VOCABULARY
-    if not path.is_file():
-        return {}
+    return vocabulary_in(path) if path.is_file() else {}
+
+
+def vocabulary_in(path: Path) -> dict[int, str]:
+    """The same, of a file."""
     found = {}
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -10,7 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -162,7 +162,7 @@ def _encode(step: TokenStep) -> Embedded:
         layout.append([name, array.dtype.name, len(array)])
         blocks.append(array.tobytes() + b"\0" * (-array.nbytes % 4))
     data = base64.b64encode(zlib.compress(b"".join(blocks), 6)).decode("ascii")
-    meta = _page_meta(step.meta)
+    meta = _page_meta(step)
     size = len(data) + len(json.dumps(meta))
     entry = {"meta": meta, "layout": layout, "data": data, "left_out": []}
     return Embedded(entry, step, size, 0)
@@ -183,15 +183,25 @@ def _only(step: TokenStep, groups: Sequence[dict[str, Any]]) -> TokenStep:
     return step._replace(meta=step.meta | {"groups": moved}, arrays=arrays)
 
 
-def _page_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """What the page reads of a step: without ids and texts that the arrays have too."""
+def _page_meta(step: TokenStep) -> dict[str, Any]:
+    """What the page reads of a step: without ids and texts that the arrays have too, and which of
+    them have no number. Where the log does not say the loss, "what if" begins at the defaults."""
+    meta = step.meta
     groups = [
         {k: v for k, v in group.items() if k != "prompt_ids"}
         | {"prompt": _excerpt(group.get("prompt", ""))}
         | {"completions": [_without(one, "text") for one in group["completions"]]}
         for group in meta["groups"]
     ]
-    return meta | {"groups": groups}
+    live = step.arrays["mask"] > 0
+    unmeasured = [
+        name
+        for name, values in step.arrays.items()
+        if values.dtype.kind == "f" and not np.isfinite(values[live]).any()
+    ]
+    known = meta.get("loss") is not None
+    more = {"unmeasured": unmeasured, "loss_known": known}
+    return meta | {"groups": groups} | more | ({} if known else {"loss": asdict(LossConfig())})
 
 
 def _without(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,22 @@ if not HAS_GPU:
     # Read when a kernel is defined, so it must be there before the first import of one.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(2)
+
+# Of `world`.
+REWARD = '''
+def many_a(completions, **columns):
+    """Share of the letter a: any policy can get better at it."""
+    return [text.count("a") / 8 for text in completions]
+
+def short(completions, completion_ids, **columns):
+    return [None if len(ids) == 8 else 1.0 for ids in completion_ids]
+
+def broken(completions, **columns):
+    raise KeyError("answer")
+
+def too_few(completions, **columns):
+    return [1.0]
+'''
 
 # Entries before and after a guarded tensor; a multiple of 16 bytes keeps its alignment.
 MARGIN = 64
@@ -63,6 +80,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A model directory, a data file and a reward file, as a user brings them."""
+    from grpo_fast.tiny import save_tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    save_tiny(folder / "model")
+    letters = "abcdefgh"
+    prompts = [{"prompt": a + b} for a in letters for b in letters]
+    lines = "".join(json.dumps(row) + "\n" for row in prompts)
+    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -87,9 +87,10 @@ ALLOWED = {
     "track_tensorboard": set(),
     "track_wandb": set(),
     "metrics": {"rollout", "token_choice"},
-    "import_lines": {"errors", "metrics"},
+    "import_lines": {"errors", "import_tokens", "metrics"},
+    "import_tokens": {"errors", "token_log"},
     "import_trl": {"errors", "import_lines"},
-    "import_verl": {"errors", "import_lines"},
+    "import_verl": {"errors", "import_lines", "import_tokens", "token_log"},
     "diff_command": {"doctor", "errors", "history", "records"},
     "records": {"errors", "import_lines", "import_trl", "import_verl", "runlog", "token_log"},
     "token_choice": set(),
@@ -165,19 +166,31 @@ ADAPTERS = {
     "openrlhf": LEAVES | {"model", "objective", "ops"},
     "open_instruct": LEAVES | {"model", "objective", "ops"},
     # A host's trainer is the caller of a step, like `trainer`.
-    "trl": LEAVES | {"model", "ops", "step"},
+    "trl": LEAVES | {"model", "ops", "outputs", "step"},
     "trl_depths": LEAVES | {"groups", "model", "step"},
     "trl_head": {"autograd", "chunked", "errors", "implementation", "products"},
+    "trl_loss": {"loss_config"},
     "trl_versions": {"errors"},
     "padded": {"groups", "live", "loss_config"},
     "gradients": {"errors"},
     # Writes a run log, and says what our own trainer says of one.
+    "trl_tokens": LEAVES
+    | {"import_lines", "rollout", "token_choice", "token_columns", "token_log", "token_step"},
+    "trl_columns": {
+        "aggregation",
+        "correction",
+        "inputs",
+        "loss_config",
+        "policy_terms",
+        "token_columns",
+        "torch_segments",
+    },
     "trl_callback": LEAVES | {"doctor", "import_lines", "report", "runlog"},
 }
 # What adapters share, and what TRL's is made of.
 SHARED = {"gradients", "hosts", "logprobs", "padded"}
-SHARED |= {"trl_depths", "trl_head", "trl_versions"}
-TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny"}
+SHARED |= {"trl_columns", "trl_depths", "trl_head", "trl_loss", "trl_tokens", "trl_versions"}
+TRANSFORMERS = {"model", "generate", "attention", "prompts", "tiny", "import_tokens"}
 # The last link to what a user types: nothing imports it.
 ENDS = {"cli", "trainer"}
 
@@ -235,9 +248,8 @@ def test_import_arrows_of_the_adapters(name):
     assert ours <= ADAPTERS[name], f"{name} imports {ours - ADAPTERS[name]}"
     assert siblings(path) <= SHARED - {name}
     # A host is imported by name, when it is asked for; TRL's is a base class.
-    host = {"trl": {"trl"}, "trl_versions": {"trl"}, "trl_callback": {"transformers"}}.get(
-        name, set()
-    )
+    hosts = {"trl": {"trl"}, "trl_versions": {"trl"}, "trl_callback": {"transformers"}}
+    host = hosts.get(name, set()) | ({"numpy"} if name in ("trl_columns", "trl_tokens") else set())
     assert top_levels(path) <= {"torch"} | host | sys.stdlib_module_names
 
 

@@ -59,7 +59,7 @@ def verl(tmp_path):
 def test_completions_as_lines_say_what_their_steps_were(tmp_path):
     path = write(tmp_path / "a.jsonl", [answer(k, token_ids=[1] * (k + 1)) for k in range(8)])
     records = open_records(path)
-    assert (records.source, records.name, records.tokens) == ("JSON lines", "a.jsonl", None)
+    assert (records.source, records.name) == ("JSON lines", "a.jsonl")
     (row,) = records.rows
     assert row["step"] == 1
     assert row["reward"] == 1.5

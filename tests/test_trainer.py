@@ -17,39 +17,9 @@ from rich.console import Console
 from grpo_fast import CheckpointError, ConfigError, GrpoFastError, LossConfig, RewardError, train
 from grpo_fast.config import TrainConfig
 from grpo_fast.console import Progress
-from grpo_fast.tiny import save_tiny
 from grpo_fast.trainer import StopRequest
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_cpu.txt"
-
-REWARD = '''
-def many_a(completions, **columns):
-    """Share of the letter a: any policy can get better at it."""
-    return [text.count("a") / 8 for text in completions]
-
-def short(completions, completion_ids, **columns):
-    return [None if len(ids) == 8 else 1.0 for ids in completion_ids]
-
-def broken(completions, **columns):
-    raise KeyError("answer")
-
-def too_few(completions, **columns):
-    return [1.0]
-'''
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A model directory, a data file and a reward file, as a user brings them."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_tiny(folder / "model")
-    letters = "abcdefgh"
-    prompts = [{"prompt": a + b} for a in letters for b in letters]
-    lines = "".join(json.dumps(row) + "\n" for row in prompts)
-    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
-    return folder
 
 
 def config_of(world: Path, output: Path, **changes) -> TrainConfig:

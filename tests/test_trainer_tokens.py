@@ -2,7 +2,6 @@
 after a resume, in little time."""
 
 import dataclasses
-import json
 import os
 import signal
 import statistics
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from grpo_fast import ConfigError, LossConfig, train, trainer
 from grpo_fast.config import TrainConfig
 from grpo_fast.records import open_records
-from grpo_fast.tiny import save_tiny, tiny_tokenizer
+from grpo_fast.tiny import tiny_tokenizer
 from grpo_fast.token_log import (
     COLUMNS,
     MORE_COLUMNS,
@@ -23,26 +21,6 @@ from grpo_fast.token_log import (
     read_token_steps,
     read_vocabulary,
 )
-
-REWARD = """
-def many_a(completions, **columns):
-    return [text.count("a") / 8 for text in completions]
-
-def short(completions, completion_ids, **columns):
-    return [None if len(ids) == 8 else 1.0 for ids in completion_ids]
-"""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_tiny(folder / "model")
-    prompts = [{"prompt": a + b} for a in "abcdefgh" for b in "abcdefgh"]
-    lines = "".join(json.dumps(row) + "\n" for row in prompts)
-    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
-    return folder
 
 
 def config_of(world: Path, output: Path, **changes) -> TrainConfig:

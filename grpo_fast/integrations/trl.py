@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,23 +29,18 @@ from ..errors import ConfigError, InputError
 from ..loss_config import LossConfig
 from ..model import check_head, head, hidden_states
 from ..ops import linear_grpo_loss
+from ..outputs import LossOutput, StepOutput
 from ..step import group_measures, grpo_backward
 from . import trl_head
 from .gradients import average_gradients, delivered, whole_or_none, zero_gradients
 from .padded import dead_groups, grouped, spread
 from .trl_depths import DEPTHS, Depth, not_at_all, not_fused, not_packed, replicated
-from .trl_versions import counts_padding, host, of_the_generation
+from .trl_loss import LOGPROBS, Denominators, loss_mask, step_loss
+from .trl_versions import counts_padding, host
 
-# Inputs of `_compute_loss` by the names that the loss has for them.
-LOGPROBS = {
-    "old_per_token_logps": "old_logprobs",
-    "ref_per_token_logps": "ref_logprobs",
-    "sampling_per_token_logps": "sampler_logprobs",
-}
 PADDED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 # What TRL's profiler calls the pass of the policy, which here may be made elsewhere.
 POLICY_PASS = "_get_per_token_logps_and_entropies"
-SEQUENCE_SUMS = ("grpo", "sapo", "luspo")
 
 log = logging.getLogger("grpo_fast")
 
@@ -55,18 +49,17 @@ TRL, Host = host()
 from trl.extras.profiling import profiling_context  # noqa: E402 - after the host's own check
 
 
-class Denominators(NamedTuple):
-    policy: float | Tensor
-    entropy: float | Tensor | None
-    """None where the call counts the tokens that the bonus acts on."""
-
-
 class GRPOTrainer(Host):
     """trl.GRPOTrainer: same arguments, same config, same callbacks, same metrics."""
 
     _tag_names = [*Host._tag_names, "grpo-fast"]  # noqa: RUF012 - TRL's own form
     depth: Depth = "packed"
     """The deepest way that may be taken, set on the class; `own` turns all of this off."""
+    watched = False
+    """Whether `made` is kept."""
+    made: dict[str, Tensor] | None = None
+    """What the loss of the last micro-batch made of each token, [B, C] by the names of the token
+    log; None where the loss was TRL's own."""
     _measured: tuple[Tensor, Tensor] | None = None
     _since = 0
     """Micro-batches since the last optimizer step."""
@@ -75,7 +68,7 @@ class GRPOTrainer(Host):
     @functools.wraps(Host.__init__)
     def __init__(self, *args, **kwargs):
         self._taken: Depth = "own"
-        self._ahead: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ahead: dict[int, dict[str, Tensor]] = {}
         super().__init__(*args, **kwargs)
         self._taken = self._decide()
 
@@ -153,7 +146,7 @@ class GRPOTrainer(Host):
             self._said = self._said | {text}
 
     def _compute_loss(self, model, inputs):
-        depth = self._depth_of(inputs)
+        depth, self.made = self._depth_of(inputs), None
         if not torch.is_grad_enabled():
             return super()._compute_loss(model, inputs)
         if self._ahead and id(inputs) not in self._ahead:
@@ -167,19 +160,19 @@ class GRPOTrainer(Host):
             return super()._compute_loss(network if self._averages() else model, inputs)
         with whole_or_none(network) if depth == "packed" else contextlib.nullcontext():
             with profiling_context(self, POLICY_PASS), self._forward():
-                loss, logps, entropy = (self._packed if depth == "packed" else self._fused)(
-                    network, inputs
-                )
+                loss, made = (self._packed if depth == "packed" else self._fused)(network, inputs)
+            logps, entropy = made["logprobs"], made["entropy"]
             # Where a token is no part of the loss, a ratio of 1: TRL takes exp before it masks.
             other = inputs.get("old_per_token_logps")
             if other is not None:
-                logps = torch.where(_mask(inputs).bool(), logps, other)
+                logps = torch.where(loss_mask(inputs).bool(), logps, other)
             self._measured = (logps, entropy)
             try:
                 with torch.no_grad():
                     theirs = super()._compute_loss(model, inputs)
             finally:
                 self._measured = None
+        self.made = made if self.watched else None
         return delivered(theirs) if loss is None else loss
 
     def _get_per_token_logps_and_entropies(
@@ -219,39 +212,10 @@ class GRPOTrainer(Host):
         return spread(found.logprobs, rows, completions), entropy, None
 
     def _step_loss(self, inputs: dict) -> tuple[LossConfig, Denominators]:
-        """What the loss of this micro-batch is, and what it divides by, as TRL has it."""
-        tokens = max(int(_mask(inputs).sum()), 1)
-        # Set where there is training: nothing is accumulated in an evaluation.
-        steps = self.current_gradient_accumulation_steps if self.model.training else 1
-        kind, rows = self._loss.loss_type, len(inputs["completion_ids"])
-        whole = of_the_generation(TRL.__version__, kind)
-        if kind in SEQUENCE_SUMS:
-            policy = rows * steps
-        elif kind == "bnpo":
-            policy = tokens * steps
-        elif kind == "dr_grpo":
-            policy = rows * self.max_completion_length * steps
-        else:
-            policy = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            if self.model.training and not whole:
-                # Counted over the generation batch, which may last for several optimizer steps.
-                policy = policy * steps / self.args.steps_per_generation
-        if whole:
-            return self._with_bonus(1), Denominators(policy, policy)
-        entropy = tokens if self._loss.top_entropy_quantile == 1 else None
-        return self._with_bonus(steps), Denominators(policy, entropy)
+        return step_loss(self, self._loss, inputs, TRL.__version__)
 
-    def _with_bonus(self, steps: int) -> LossConfig:
-        """The config with the entropy bonus that TRL's controller has come to."""
-        if not getattr(self, "_entropy_bonus_enabled", False):
-            return self._loss
-        coefficient = self.entropy_coef
-        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
-            coefficient = 0.0
-        return dataclasses.replace(self._loss, entropy_coef=coefficient / steps)
-
-    def _fused(self, model, inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss with its graph, log-probs, entropies), [B, C] each, from TRL's padded batch."""
+    def _fused(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss with its graph, what it made of each token), from TRL's padded batch."""
         config, denominators = self._step_loss(inputs)
         names = ("ids", "mask")
         ids, attention = (
@@ -260,12 +224,12 @@ class GRPOTrainer(Host):
         states = hidden_states(model, ids, attention)
         first = inputs["prompt_ids"].shape[1] - 1
         layer = head(model)
-        loss, logps, entropy, _ = linear_grpo_loss(
+        output = linear_grpo_loss(
             states[:, first:-1],
             layer.weight,
             inputs["completion_ids"],
             inputs["advantages"],
-            mask=_mask(inputs),
+            mask=loss_mask(inputs),
             **{ours: inputs[name] for name, ours in LOGPROBS.items() if name in inputs},
             bias=layer.bias,
             softcap=layer.softcap,
@@ -274,20 +238,23 @@ class GRPOTrainer(Host):
             entropy_denominator=denominators.entropy,
             config=dataclasses.replace(config, skip_zero_advantage=False),
         )
-        return loss, logps, entropy
+        return output.loss, self._of_tokens(output)
 
-    def _packed(self, model, inputs) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _packed(self, model, inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The same from packed rows, the gradient delivered; None for the loss of one of several
         micro-batches, which TRL adds up itself."""
         if (place := id(inputs)) in self._ahead:
-            return None, *self._ahead.pop(place)
+            return None, self._ahead.pop(place)
         batches = self._together(inputs)
         if len(batches) == 1:
             return self._delivered(model, inputs, *self._step_loss(inputs))
-        _, *made = self._delivered(model, _joined(batches), *self._step_loss(inputs))
-        parts = zip(*(x.split(len(inputs["completion_ids"])) for x in made), strict=True)
-        self._ahead = {id(batch): part for batch, part in zip(batches, parts, strict=True)}
-        return None, *self._ahead.pop(place)
+        _, made = self._delivered(model, _joined(batches), *self._step_loss(inputs))
+        parts = zip(*(x.split(len(inputs["completion_ids"])) for x in made.values()), strict=True)
+        self._ahead = {
+            id(batch): dict(zip(made, part, strict=True))
+            for batch, part in zip(batches, parts, strict=True)
+        }
+        return None, self._ahead.pop(place)
 
     def _together(self, inputs) -> list[dict]:
         """The micro-batches of the optimizer step that `inputs` begins, where one loss of all of
@@ -303,11 +270,11 @@ class GRPOTrainer(Host):
         packed = all(self._depth_of(batch) == "packed" for batch in batches)
         return batches if packed and len(shapes) == 1 else [inputs]
 
-    def _delivered(self, model, inputs, config, denominators) -> tuple[Tensor, Tensor, Tensor]:
+    def _delivered(self, model, inputs, config, denominators) -> tuple[Tensor, dict[str, Tensor]]:
         known = {ours: inputs[name] for name, ours in LOGPROBS.items() if name in inputs}
         groups, rows = grouped(
             *(inputs[name] for name in PADDED),
-            loss_mask=_mask(inputs),
+            loss_mask=loss_mask(inputs),
             advantages=inputs["advantages"],
             logprobs=known,
         )
@@ -330,8 +297,16 @@ class GRPOTrainer(Host):
         if not output.metrics["batch/microbatches_per_step"]:
             zero_gradients(model)
         like = inputs["completion_ids"]
-        logps, entropy = (spread(x, rows, like) for x in (output.logprobs, output.entropy))
-        return delivered(output.loss), logps, entropy
+        made = {name: spread(x, rows, like) for name, x in self._of_tokens(output).items()}
+        return delivered(output.loss), made
+
+    def _of_tokens(self, output: LossOutput | StepOutput) -> dict[str, Tensor | list[Tensor]]:
+        """What an output says of each token; more than TRL asks for where somebody watches."""
+        made = {"logprobs": output.logprobs, "entropy": output.entropy}
+        if self.watched:
+            names = ("ratio", "kl", "gradient_mass")
+            made |= {name: getattr(output.tokens, name) for name in names}
+        return {name: values for name, values in made.items() if values is not None}
 
     def _chunking(self) -> str:
         """Reentrant checkpointing keeps no graph for the gradient of a prompt that waits."""
@@ -344,9 +319,3 @@ def _joined(batches: list[dict]) -> dict:
     first = batches[0]
     names = [name for name in (*PADDED, "tool_mask", "advantages", *LOGPROBS) if name in first]
     return first | {name: torch.cat([batch[name] for batch in batches]) for name in names}
-
-
-def _mask(inputs: dict) -> Tensor:
-    """[B, C]: the tokens in the loss."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -15,11 +15,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..doctor import Doctor
-from ..errors import GrpoFastError
+from ..errors import ConfigError, GrpoFastError
 from ..import_lines import measured, read_completions, text_of
 from ..loss_config import LossConfig
 from ..report import write_report
 from ..runlog import RunLog, open_run, read_metrics, write_config
+from .trl_tokens import StepTokens, step_tokens
 
 # Keys of config.json that TRL has under the same name.
 SAME = (
@@ -46,7 +47,7 @@ class _Folder:
     max_steps: int
     resume: bool
     existing: str
-    log_tokens_mb: float = 0.0
+    log_tokens_mb: float
 
 
 class RunLogCallback(TrainerCallback):
@@ -54,8 +55,9 @@ class RunLogCallback(TrainerCallback):
 
     transformers tells a callback neither completions nor rewards: `trainer` has them. A step's
     completions are up to `log_completions` of the latest generation, whole groups, those of the
-    widest rewards first. existing: `refuse` a folder that holds a run, or `move` that aside; a
-    training that is resumed goes on with it.
+    widest rewards first. log_tokens_mb: at most that many million bytes of steps token by token,
+    for the group X-ray; 0 keeps none and leaves the trainer alone. existing: `refuse` a folder that
+    holds a run, or `move` that aside; a training that is resumed goes on with it.
     """
 
     def __init__(
@@ -64,22 +66,28 @@ class RunLogCallback(TrainerCallback):
         trainer: Any,
         *,
         log_completions: int = 64,
+        log_tokens_mb: float = 32.0,
         existing: str = "refuse",
     ) -> None:
         self.folder = Path(folder)
         self._trainer = trainer
         self._count = log_completions
         self._existing = existing
+        if not 0 <= log_tokens_mb < math.inf:
+            raise ConfigError(f"log_tokens_mb = {log_tokens_mb}, expected a number from 0 up")
+        self._megabytes = log_tokens_mb
         self._run: RunLog | None = None
+        self._tokens: StepTokens | None = None
+        self._of_tokens: list[dict[str, float]] = []
+        """Of the steps since the last row."""
         self._row: dict[str, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         resumed = state.global_step > 0 and self.folder.joinpath("metrics.jsonl").is_file()
-        self._run = open_run(
-            _Folder(str(self.folder), state.max_steps, resumed, self._existing)  # type: ignore
-        )
+        told = (str(self.folder), state.max_steps, resumed, self._existing, self._megabytes)
+        self._run = open_run(_Folder(*told))  # type: ignore
         if resumed:
             self._run.truncate_after(state.global_step)
         else:
@@ -89,6 +97,12 @@ class RunLogCallback(TrainerCallback):
         self._doctor = Doctor(options)
         for row in read_metrics(self.folder):
             self._doctor.feed(row)
+        if self._tokens is not None:
+            # Of a training that ended with an error.
+            self._tokens.detach()
+        self._tokens = step_tokens(self._trainer, self._run.tokens)
+        if self._tokens is not None:
+            self._tokens.attach()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._run is None:
@@ -102,15 +116,26 @@ class RunLogCallback(TrainerCallback):
             # Of what TRL does not log, the latest generation is measured.
             self._row |= measured(completions)[0] if completions else {}
             self._run.log_completions(chosen(completions, self._count))
+            self._row |= means(self._of_tokens)
+            self._of_tokens = []
         self._row |= {**logs, "step": state.global_step}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._flush()
+        if self._tokens is not None:
+            self._tokens.begin_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._tokens is not None:
+            self._of_tokens.append(self._tokens.end_step(state.global_step))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._run is None:
             return
         self._flush()
+        if self._tokens is not None:
+            self._tokens.detach()
+            self._tokens = None
         self._run.close()
         self._run = None
         try:
@@ -168,6 +193,15 @@ def latest_completions(trainer: Any, step: int) -> list[dict[str, Any]]:
         }
         lines.append((f"completion {k} of step {step}", line))
     return read_completions(lines)[0]
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the steps that one row is of, as TRL averages its own metrics; counters are the latest."""
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
+        found[name] = values[-1] if name.startswith("tokens/") else statistics.fmean(values)
+    return found
 
 
 def chosen(completions: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:

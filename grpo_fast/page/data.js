@@ -62,6 +62,11 @@ function sequenceOf({ tokens }, { start, stop, weight = null }) {
   };
 }
 
+// Whether a token was left out because it teaches nothing; other trainers' logs may lack log-probs.
+function notForwarded({ meta, tokens }, at) {
+  return meta.loss_known && Number.isNaN(tokens.logprobs[at]);
+}
+
 // Four digits, a sign where asked; the whole number is in data-value of the cell that shows it.
 function short(x, signed = false) {
   if (x == null || Number.isNaN(x)) return "not measured";

@@ -36,7 +36,9 @@ async function open(stepPlace, groupPlace, wanted = {}) {
     changed,
   };
   compare(view);
-  if (channelReason(view, view.channel)) view.channel = "logprob";
+  if (channelReason(view, view.channel)) {
+    view.channel = Object.keys(CHANNELS).find((name) => !channelReason(view, name)) ?? "logprob";
+  }
   drawPickers();
   drawGroup(view);
   drawChannels(view);

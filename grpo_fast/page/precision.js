@@ -12,7 +12,8 @@ function gapsOf({ tokens }) {
 // Whether the ratio to the old policy is within the bounds, and to the sampler's log-prob it is not:
 // a trainer that takes the sampler's for the old policy's clips this token for rounding.
 function isPhantom(view, at) {
-  const bounds = levelOf(view.trained.config) === "token" ? boundsOf(view.trained.config) : null;
+  const known = view.step.meta.loss_known && levelOf(view.trained.config) === "token";
+  const bounds = known ? boundsOf(view.trained.config) : null;
   if (!bounds) return false;
   const { tokens } = view.step;
   const old = tokens.old_logprobs ?? tokens.logprobs;

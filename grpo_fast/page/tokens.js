@@ -20,7 +20,9 @@ const CHANNELS = {
 // The arrays of a step may lack some: {name: why it cannot be chosen}.
 function channelReason(view, name) {
   const { array } = CHANNELS[name];
-  if (array && !view.step.tokens[array]) return "not measured in this step";
+  const measured = (column) => view.step.tokens[column] && !view.step.meta.unmeasured.includes(column);
+  if (array && !measured(array)) return "not measured in this step";
+  if (name === "gap" && !measured("old_logprobs") && !measured("logprobs")) return "no log-probs but the sampler\u2019s";
   if (name === "clip" && view.whatif.result.reason) return "not computed under these options";
   return null;
 }
@@ -73,7 +75,7 @@ function paintTokens(view, place, from, to) {
   for (let t = from; t < to; t++) {
     const span = spans[t], at = start + t;
     let name = "t off";
-    if (tokens.mask[at] && Number.isNaN(tokens.logprobs[at])) name = "t blank";
+    if (tokens.mask[at] && notForwarded(view.step, at)) name = "t blank";
     else if (tokens.mask[at]) {
       const state = states ? states[t] : FREE;
       const colour = values ? classFor(view.channel, edges, values[at]) : STATES[state][0];

@@ -51,6 +51,9 @@ function unknownBecause(view, config, advantages, dropped, asTrained) {
   const { meta, tokens } = view.step;
   const missing = (name) => `this step has no ${name} log-probs`;
   const kind = addsUp(config);
+  if (!meta.loss_known && config === meta.loss) return "the log does not say which loss was trained";
+  if (meta.unmeasured.includes("logprobs")) return missing("policy");
+  if (meta.unmeasured.includes("old_logprobs")) return missing("old");
   if (config.objective) return "objective is a function of the run, which this page does not have";
   if (config.top_entropy_quantile < 1 && (!tokens.keep || dropped.size)) {
     return "top_entropy_quantile is a quantile over all tokens of the step, which are not stored";
@@ -175,7 +178,7 @@ function lossChoice(view) {
     const settings = { ...view.settings, loss_type: name, epsilon_high: 0, dropped: new Set() };
     const reason = unknownBecause(view, configOf(view.step.meta, settings), view.whatif.advantages,
       view.settings.dropped);
-    return [name, name === trained ? `${name} (as trained)` : name, name === trained ? null : reason];
+    return [name, name === trained && view.step.meta.loss_known ? `${name} (as trained)` : name, name === trained ? null : reason];
   });
   return choice("whatif-loss_type", "loss type", options, view.settings.loss_type, (name) => {
     const back = trainedSettings(view.step.meta);

@@ -98,10 +98,11 @@ function numbersOf(view, at) {
   const lp = value("logprobs"), mass = value("gradient_mass");
   const old = tokens.old_logprobs ? short(value("old_logprobs")) : "the policy\u2019s own: on policy";
   return [
-    ["log-prob", `${short(lp)} (p = ${short(Math.exp(lp))})`], ["old", old],
+    ["log-prob", Number.isNaN(lp) ? short(lp) : `${short(lp)} (p = ${short(Math.exp(lp))})`], ["old", old],
     ["reference", short(value("ref_logprobs"))], ["sampler", short(value("sampler_logprobs"))],
     ["ratio", short(value("ratio"))], ["KL", short(value("kl"))], ["entropy", short(value("entropy"))],
-    ["gradient mass", `${short(mass)}, ${percent((mass || 0) / (storedMass(view) || 1))} of the stored tokens\u2019`],
+    ["gradient mass", Number.isNaN(mass) ? short(mass)
+      : `${short(mass)}, ${percent((mass || 0) / (storedMass(view) || 1))} of the stored tokens\u2019`],
   ];
 }
 
@@ -116,7 +117,7 @@ function drawWhy(view, place, token) {
   const fork = view.forks.find((f) => f.depth === token && f.members.includes(place));
   if (fork) parts.push(h("p", {}, `\u25c6 ${forkText(fork)}`));
   if (!tokens.mask[at]) parts.push(h("p", {}, "Masked: not in the loss."));
-  else if (Number.isNaN(tokens.logprobs[at])) {
+  else if (notForwarded(view.step, at)) {
     parts.push(h("p", {}, "Not forwarded: its advantage is 0, so it teaches nothing, and its log-prob was not computed."));
   } else {
     const rows = numbersOf(view, at).flatMap(([name, text]) => [

@@ -3,10 +3,23 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from grpo_bench.hosts import PEERS
+from grpo_fast.tiny import save_tiny
 
 # Of whole files; those of other files are marked.
-NEEDED = {"test_trl.py": PEERS, "test_trl_releases.py": Path(sys.prefix) / "trl19"}
+NEEDED = {"test_trl_releases.py": Path(sys.prefix) / "trl19"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_tiny(path)
+    return path
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,21 +8,17 @@ import sys
 from pathlib import Path
 
 import torch
+from trl_training import answer, trainer_of
 
-# Puts the hosts onto the path.
-from grpo_bench.hosts import PEERS  # noqa: F401
-from grpo_fast.tiny import tiny_tokenizer
+from grpo_fast.integrations.trl_callback import RunLogCallback
+from grpo_fast.token_log import read_token_step, read_token_steps
 
 RANK = int(os.environ["RANK"])
 
 
-def reward(completion_ids, **columns):
-    return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
-
-
 def dead_on_the_second(completion_ids, **columns):
     """The groups of rank 1 have no difference to learn from."""
-    return [1.0] * len(completion_ids) if RANK == 1 else reward(completion_ids)
+    return [1.0] * len(completion_ids) if RANK == 1 else answer(completion_ids)
 
 
 def with_images(trainer):
@@ -44,43 +40,23 @@ def with_images(trainer):
 
 
 def trained(kind, folder, options):
-    from datasets import Dataset
     from peft import LoraConfig
-    from trl import GRPOConfig
 
     options = dict(options)
     adapters, images = options.pop("adapters", False), options.pop("images", False)
-    function = dead_on_the_second if options.pop("dead", False) else reward
+    logged = options.pop("logged", False)
+    function = dead_on_the_second if options.pop("dead", False) else answer
     kind.depth = options.pop("depth", "packed")
-    options = {
-        "output_dir": str(folder / "unused"),
-        "use_cpu": True,
-        "ddp_timeout": 60,  # seconds that a rank waits for one that never comes
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "seed": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **options,
-    }
+    options = {"ddp_timeout": 60, "per_device_train_batch_size": 4, **options}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = kind(
-        str(folder),
-        function,
-        GRPOConfig(**options),
-        train_dataset=Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4}),
-        processing_class=tiny_tokenizer(),
-        peft_config=lora if adapters else None,
+    # The timeout is the seconds that a rank waits for one that never comes.
+    trainer = trainer_of(
+        kind, folder, reward=function, peft_config=lora if adapters else None, **options
     )
     if images:
         with_images(trainer)
+    if logged:
+        trainer.add_callback(RunLogCallback(folder / "run", trainer, existing="move"))
     trainer.train()
     return trainer
 
@@ -89,7 +65,10 @@ def result(kind, folder, options, lines):
     lines.clear()
     trainer = trained(kind, folder, options)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    run = folder / "run"
+    kept = [read_token_step(run, step).meta for step in read_token_steps(run)]
     return {
+        "kept": kept if options.get("logged") and RANK == 0 else [],
         "log": trainer.state.log_history,
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "wrapped": type(trainer.model_wrapped).__name__,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from trl_training import answer, host_class, short, trained
 
 from grpo_bench.hosts import PEERS
 from grpo_fast.cli import main
 from grpo_fast.errors import InputError
 from grpo_fast.import_lines import measured
 from grpo_fast.records import open_records
-from grpo_fast.tiny import save_tiny, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.host,
@@ -24,54 +24,16 @@ pytestmark = [
 ]
 
 
-def answer(completion_ids, **columns):
-    return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
-
-
-def short(completion_ids, **columns):
-    """Does not apply to some."""
-    return [None if ids[0] % 3 == 0 else 1.0 / len(ids) for ids in completion_ids]
-
-
 @pytest.fixture(scope="module")
-def output_dir(tmp_path_factory):
+def output_dir(tmp_path_factory, model):
     """Three steps of TRL's own trainer with log_completions, checkpoints at 2 and 3."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("trl")
-    save_tiny(folder / "model")
-    config = GRPOConfig(
-        output_dir=str(folder / "out"),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=3,
-        logging_steps=1,
-        learning_rate=1e-2,
-        seed=1,
-        gradient_checkpointing=False,
-        save_steps=2,
-        report_to="none",
-        disable_tqdm=True,
-        log_completions=True,
-        beta=0.04,
-    )
-    prompts = Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4})
-    trainer = GRPOTrainer(
-        str(folder / "model"),
-        [answer, short],
-        config,
-        train_dataset=prompts,
-        processing_class=tiny_tokenizer(),
-    )
-    trainer.train()
+    folder = tmp_path_factory.mktemp("trl") / "out"
+    saved = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 2}
+    trained(host_class(), model, reward=[answer, short], log_completions=True, beta=0.04, **saved)
     torch.set_num_threads(threads)
-    return folder / "out"
+    return folder
 
 
 def test_trl_s_numbers_are_those_that_follow_from_its_tables(output_dir):

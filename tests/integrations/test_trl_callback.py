@@ -5,89 +5,20 @@ import logging
 import math
 
 import pytest
-import torch
+from trl_training import MARKS, drop_in, host_class, recorded
 
-# Puts the hosts onto the path.
 from grpo_bench.hosts import PEERS
 from grpo_fast.cli import main
 from grpo_fast.errors import ConfigError
 from grpo_fast.records import open_records
-from grpo_fast.tiny import save_tiny, tiny_tokenizer
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = MARKS
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_tiny(path)
-    return path
-
-
-def answer(completion_ids, **columns):
-    return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
-
-
-def short(completion_ids, **columns):
-    return [None if ids[0] % 3 == 0 else 1.0 / len(ids) for ids in completion_ids]
-
-
-def trained(model, folder, kind=None, *, resume=None, reward=(answer, short), more=None, **options):
-    """A trainer after `max_steps` steps with the callback on it."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from grpo_fast.integrations.trl_callback import RunLogCallback
-
-    options = {
-        "output_dir": str(folder.parent / "trl"),
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "seed": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "beta": 0.04,
-        "reward_weights": [1.0, 0.5][: len(reward)],
-        **options,
-    }
-    prompts = Dataset.from_dict({"prompt": ["ab", "abcdefgh", "12", "x"] * 4})
-    trainer = (kind or GRPOTrainer)(
-        str(model),
-        list(reward),
-        GRPOConfig(**options),
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(4)),
-        processing_class=tiny_tokenizer(),
-    )
-    trainer.add_callback(RunLogCallback(folder, trainer, **(more or {})))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def drop_in():
-    from grpo_fast.integrations.trl import GRPOTrainer
-
-    return GRPOTrainer
-
-
-@pytest.mark.parametrize("kind", [lambda: None, drop_in], ids=["TRL", "drop-in"])
+@pytest.mark.parametrize("kind", [host_class, drop_in], ids=["TRL", "drop-in"])
 def test_a_training_is_a_run_folder(model, tmp_path, capsys, kind):
     folder = tmp_path / "run"
-    trainer = trained(model, folder, kind(), eval_strategy="steps", eval_steps=2)
+    trainer = recorded(model, folder, kind(), eval_strategy="steps", eval_steps=2)
     records = open_records(folder)
     assert records.source == "grpo-fast run"
     assert [row["step"] for row in records.rows] == [1, 2, 3]
@@ -118,7 +49,7 @@ def test_a_training_is_a_run_folder(model, tmp_path, capsys, kind):
 
 
 def test_whole_groups_of_the_widest_rewards_are_kept(model, tmp_path):
-    trained(model, tmp_path / "run", max_steps=1, more={"log_completions": 5})
+    recorded(model, tmp_path / "run", max_steps=1, more={"log_completions": 5})
     rows = open_records(tmp_path / "run").completions
     assert len(rows) == 4
     assert len({row["prompt"] for row in rows}) == 1
@@ -126,15 +57,15 @@ def test_whole_groups_of_the_widest_rewards_are_kept(model, tmp_path):
 
 def test_a_resumed_training_goes_on_in_its_folder(model, tmp_path):
     folder = tmp_path / "run"
-    trained(model, folder, save_strategy="steps", save_steps=1, max_steps=3)
+    recorded(model, folder, save_strategy="steps", save_steps=1, max_steps=3)
     checkpoint = str(tmp_path / "trl" / "checkpoint-2")
-    trained(model, folder, resume=checkpoint, max_steps=4)
+    recorded(model, folder, resume=checkpoint, max_steps=4)
     records = open_records(folder)
     assert [row["step"] for row in records.rows] == [1, 2, 3, 4]
     assert {row["step"] for row in records.completions} == {1, 2, 3, 4}
     with pytest.raises(ConfigError, match="already holds a run"):
-        trained(model, folder, max_steps=1)
-    trained(model, folder, max_steps=1, more={"existing": "move"})
+        recorded(model, folder, max_steps=1)
+    recorded(model, folder, max_steps=1, more={"existing": "move"})
     assert len(open_records(folder).rows) == 1
     assert len(open_records(tmp_path / "run.1").rows) == 4
 
@@ -144,7 +75,7 @@ def test_the_doctor_speaks_while_it_trains(model, tmp_path, caplog):
         return [0.0] * len(completion_ids)
 
     caplog.set_level(logging.INFO, "grpo_fast")
-    trained(model, tmp_path / "run", reward=(same,), max_steps=12)
+    recorded(model, tmp_path / "run", reward=(same,), max_steps=12)
     lines = [record.getMessage() for record in caplog.records]
     assert any("R14 reward plumbing at step" in line for line in lines), lines
     assert lines[-1] == f"report: {tmp_path / 'run' / 'report.html'}"

@@ -2,28 +2,21 @@
 
 import contextlib
 import itertools
-import math
 import types
 
 import pytest
 import torch
+from trl_training import MARKS, PROMPTS, answer, assert_same, options_of
 
-# Puts the hosts onto the path.
-from grpo_bench.hosts import PEERS  # noqa: F401
 from grpo_fast.errors import ConfigError, InputError
-from grpo_fast.tiny import save_tiny, tiny_tokenizer
+from grpo_fast.tiny import tiny_tokenizer
 
 pytestmark = [
-    pytest.mark.host,
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 FIELDS = ("logp", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 GRADIENTS = ("dhidden", "dweight", "dbias")
-# float32 rounding, through a few steps of the optimizer.
-RELATIVE, ABSOLUTE = 2e-5, 2e-6
-CLOCKS = ("_time", "_runtime", "_per_second")
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -282,19 +275,6 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch):
         assert utils._ChunkedLogProbFunction is Longer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_tiny(path)
-    return path
-
-
-def reward(completion_ids, **columns):
-    return [float(sum(i % 3 for i in ids) // 4) for ids in completion_ids]
-
-
-PROMPTS = {"prompt": ["ab", "abcdefgh", "12", "x"] * 4}
 ANSWERS = {"completion": ["cd", "12", "abcdef", "9"] * 4}
 CHOICES = {"chosen": ["cd", "12", "abcdef", "9"] * 4, "rejected": ["x", "yz", "1", "00000"] * 4}
 LABELS = {"label": [True, False, False, True, True, False, True, False] * 2}
@@ -310,33 +290,18 @@ TRAINERS = {
 }
 
 
-def trained(name, folder, **more):
+def trained(name, model, **more):
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     columns, options = TRAINERS[name]
     host = "DPO" if name == "WPO" else name
-    given = {"reward_funcs": reward} if host in ("RLOO", "GRPO") else {}
+    given = {"reward_funcs": answer} if host in ("RLOO", "GRPO") else {}
     config = getattr(trl, f"{host}Config")
-    options = {
-        "output_dir": str(folder / "unused"),
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "seed": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **options,
-        **more,
-    }
+    options = options_of(model, **options, **more)
     trainer = getattr(trl, f"{host}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config(**options),
         train_dataset=Dataset.from_dict(columns),
         processing_class=tiny_tokenizer(),
@@ -346,26 +311,9 @@ def trained(name, folder, **more):
     return trainer
 
 
-def assert_same(theirs, found):
-    """Whole logs, metric by metric, and the weights at the end."""
-    assert len(theirs.state.log_history) == len(found.state.log_history)
-    for expected, log in zip(theirs.state.log_history, found.state.log_history, strict=True):
-        assert expected.keys() == log.keys()
-        for name, value in expected.items():
-            if name.endswith(CLOCKS):
-                continue
-            same = value == log[name] or math.isclose(
-                log[name], value, rel_tol=RELATIVE, abs_tol=ABSOLUTE
-            )
-            assert same, f"step {expected['step']}: {name} {log[name]}, TRL has {value}"
-    weights = dict(theirs.model.named_parameters())
-    for name, parameter in found.model.named_parameters():
-        torch.testing.assert_close(parameter, weights[name], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", TRAINERS)
-def test_every_trainer_of_trl_trains_as_before(name, folder, monkeypatch):
-    theirs = trained(name, folder)
+def test_every_trainer_of_trl_trains_as_before(name, model, monkeypatch):
+    theirs = trained(name, model)
     seen, score = [], ours()._score
 
     def spied(*arguments):
@@ -374,6 +322,6 @@ def test_every_trainer_of_trl_trains_as_before(name, folder, monkeypatch):
 
     monkeypatch.setattr(ours(), "_score", spied)
     with registered():
-        found = trained(name, folder)
+        found = trained(name, model)
     assert seen, "TRL's own head was used"
     assert_same(theirs, found)

@@ -1,7 +1,6 @@
 """Two processes on CPUs: TRL and the drop-in under DDP and FSDP2 train the same weights."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -10,21 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl_training import WEIGHTS, assert_same_logs
 
 from grpo_bench.hosts import PEERS
 from grpo_fast.tiny import save_tiny
 
 pytestmark = pytest.mark.host
 HERE = Path(__file__).resolve().parent
-# float32 rounding, through a few steps of the optimizer.
-RELATIVE, ABSOLUTE = 2e-5, 2e-6
-CLOCKS = ("_time", "_runtime", "_per_second")
 PACKED, FUSED, KERNEL = ("depth 'packed'",), ("depth 'fused'",), ("depth 'kernel'",)
-# Name: (what is trained, what the log says). `processes.py` knows adapters, dead, images and depth.
+# Name: (what is trained, what the log says). `processes.py` knows adapters, dead,
+# images, depth and logged.
 DDP = {
     "two iterations": (
         {"gradient_accumulation_steps": 2, "beta": 0.04, "num_iterations": 2, "max_steps": 4}
-        | {"steps_per_generation": 2},
+        | {"steps_per_generation": 2, "logged": True},
         PACKED,
     ),
     "adapters": ({"adapters": True, "loss_type": "grpo", "max_steps": 2}, PACKED),
@@ -95,15 +93,8 @@ def fsdp(tmp_path_factory):
 
 def assert_same(theirs, ours):
     """Whole logs, metric by metric, and the weights at the end."""
-    assert len(theirs["log"]) == len(ours["log"])
-    for expected, found in zip(theirs["log"], ours["log"], strict=True):
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            same = name.endswith(CLOCKS) or value == found[name]
-            assert same or math.isclose(found[name], value, rel_tol=RELATIVE, abs_tol=ABSOLUTE), (
-                f"step {expected['step']}: {name} {found[name]}, TRL has {value}"
-            )
-    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=1e-3, atol=1e-4)
+    assert_same_logs(theirs["log"], ours["log"])
+    torch.testing.assert_close(ours["weights"], theirs["weights"], **WEIGHTS)
 
 
 @pytest.mark.parametrize("name", DDP)
@@ -116,6 +107,19 @@ def test_processes_train_as_with_trl(ddp, name):
     assert all(torch.equal(x, second["weights"][name]) for name, x in first["weights"].items())
     said = " ".join(first["lines"])
     assert all(words in said for words in DDP[name][1]), said
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["TRL", "drop-in"])
+def test_the_first_process_keeps_the_tokens_that_it_has(ddp, side):
+    first, second = (rank[side] for rank in ddp["two iterations"])
+    assert [meta["step"] for meta in first["kept"]] == [2, 4]
+    assert second["kept"] == []
+    for meta in first["kept"]:
+        assert meta["iteration"] == 1
+        assert meta["totals"]["completions"] == 8
+        assert "process 0 of 2 only" in meta["kept"]
+        assert {group["index"] for group in meta["groups"]} <= {0, 1}
+        assert all(group["size"] == len(group["completions"]) for group in meta["groups"])
 
 
 def test_gradients_are_averaged_whoever_has_one(ddp):

@@ -1,4 +1,4 @@
-"""What the losses of TRL's releases differ in, held against the oldest one: test_trl.py once more,
+"""What the losses of TRL's releases differ in, held against the oldest one: tests of the drop-in,
 in a process that finds that release first."""
 
 import os
@@ -11,6 +11,7 @@ from grpo_fast.integrations.trl_versions import OLDEST
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(sys.prefix) / "trl19"
+FILES = [f"tests/integrations/test_trl{of}.py" for of in ("", "_depths", "_steps")]
 CASES = "dapo and gradient_accumulation or entropy or luspo or adapters or sampler"
 
 
@@ -28,5 +29,5 @@ def test_the_folder_has_the_oldest_release_that_is_taken():
 
 
 def test_the_oldest_release_trains_as_itself():
-    run = python("-m", "pytest", "-q", "tests/integrations/test_trl.py", "-k", CASES)
+    run = python("-m", "pytest", "-q", *FILES, "-k", CASES)
     assert run.returncode == 0, run.stdout[-3000:]
