@@ -50,12 +50,13 @@ def log_tokens(
 
     groups, output, loss: what `grpo_backward` was given and gave in `iteration`.
     """
-    columns = step_columns(groups, output, loss)
+    kept = log is not None and log.due(step)
+    columns = step_columns(groups, output, loss, whole=kept)
     push = push_table(columns, told.eos_token_ids)
     metrics = kl_metrics(columns) | ({} if push["eos"] is None else {"push/eos": push["eos"]})
     if log is None:
         return metrics
-    if log.due(step):
+    if kept:
         meta, arrays = _kept(told, scored, columns, step)
         meta |= {
             "iteration": iteration,
