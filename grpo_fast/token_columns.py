@@ -11,20 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aggregation import top_entropy
+from .aggregation import token_weights, top_entropy
 from .collate import PER_TOKEN
-from .correction import known_correction
 from .groups import Group
-from .inputs import loss_rows
 from .loss_config import LossConfig
 from .outputs import StepOutput
-from .policy_terms import policy_terms
-from .rows import LossRows
-from .torch_segments import segment_reduce
+from .rows import Segments
 
 # What the loss made; no number where the token is not in it.
 _MADE = ("logprobs", "entropy", "ratio", "gradient_mass", "kl", "old_logprobs")
-_OF_METRICS = ("logprobs", "old_logprobs", "sampler_logprobs", "slope")
+# Those of the others that metrics are made of.
+_OF_METRICS = ("old_logprobs", "sampler_logprobs")
 
 
 class StepColumns(NamedTuple):
@@ -33,7 +30,8 @@ class StepColumns(NamedTuple):
     slope: np.ndarray
     """[T] d(loss) / d(logp), entropy bonus left out; 0 where masked."""
     weights: np.ndarray | None
-    """[T] the aggregation: loss = sum(weights x per-token loss); None where only metrics are."""
+    """[S] of each of its tokens in the loss = sum(weight x the token's loss), NaN for a completion
+    without one; None where only metrics were asked for."""
     offsets: np.ndarray
     """[S+1]."""
 
@@ -41,38 +39,35 @@ class StepColumns(NamedTuple):
 def step_columns(
     groups: Sequence[Group], output: StepOutput, loss: LossConfig, *, whole: bool = True
 ) -> StepColumns:
-    """Columns of all tokens of a step: those that `grpo_backward(model, groups, loss=loss)` made,
-    and the slope, by the same functions from its log-probs.
+    """Columns of all tokens of a step, as `grpo_backward(model, groups, loss=loss)` made them.
 
     whole: all of them, for a step that is kept; else those that metrics are made of.
     """
     ids, mask = _ids(groups), _masks(groups)
-    lengths = [len(part) for part in output.logprobs]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    made = {"logprobs": output.logprobs, "entropy": output.entropy, "ratio": output.tokens.ratio}
-    made |= {"gradient_mass": output.tokens.gradient_mass}
-    made |= {} if output.tokens.kl is None else {"kl": output.tokens.kl}
+    offsets = np.cumsum([0, *map(len, output.logprobs)], dtype=np.int64)
+    tokens = output.tokens
+    made = {"logprobs": output.logprobs, "slope": tokens.slope}
+    if whole:
+        made |= {"entropy": output.entropy, "ratio": tokens.ratio}
+        made |= {"gradient_mass": tokens.gradient_mass}
+        made |= {} if tokens.kl is None else {"kl": tokens.kl}
     none = torch.zeros(0, device=output.loss.device)
-    needed = made if whole else {"logprobs"} | _of_slopes(loss)
-    columns = {name: torch.cat([none, *made[name]]) for name in made if name in needed}
-    columns |= {name: _given(groups, name, columns["logprobs"]) for name in PER_TOKEN}
-    columns = {name: values for name, values in columns.items() if values is not None}
-    places = _Places(ids, mask, offsets)
-    columns |= _slopes(groups, columns, places, output, loss)
-    if not whole:
-        columns = {name: columns[name] for name in columns if name in _OF_METRICS}
+    columns = {name: torch.cat([none, *parts]) for name, parts in made.items()}
+    for name in PER_TOKEN if whole else _OF_METRICS:
+        if all(getattr(group, name) is not None for group in groups):
+            columns[name] = _given(groups, name, columns["logprobs"])
+    if whole and loss.top_entropy_quantile < 1:
+        columns["keep"] = _kept(columns["entropy"], mask, offsets, tokens.rows, loss)
     arrays = _on_host(columns)
-    slope, weights = arrays.pop("slope"), arrays.pop("weights", None)
+    slope = arrays.pop("slope")
     if not mask.all():
         for name in arrays.keys() & set(_MADE):
             arrays[name][~mask] = np.nan
+    weights = None
+    if whole:
+        dtype = columns["slope"].dtype
+        weights = _weights(groups, mask, offsets, tokens.denominator, loss, dtype)
     return StepColumns(arrays | {"token_ids": ids, "mask": mask}, slope, weights, offsets)
-
-
-def _of_slopes(loss: LossConfig) -> set[str]:
-    """What the slope is made of beside the log-probs."""
-    wants = loss.objective is not None or loss.top_entropy_quantile < 1
-    return {"entropy"} if wants else set()
 
 
 def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -81,12 +76,6 @@ def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     values = [column.to(dtype) for column in columns.values()]
     table = values if values[0].device.type == "cpu" else torch.stack(values).cpu()
     return {name: column.numpy() for name, column in zip(columns, table, strict=True)}
-
-
-class _Places(NamedTuple):
-    ids: np.ndarray
-    mask: np.ndarray
-    offsets: np.ndarray
 
 
 def _ids(groups: Sequence[Group]) -> np.ndarray:
@@ -118,75 +107,51 @@ def _array(part: Sequence[int], dtype: type) -> np.ndarray:
     return np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype)
 
 
-def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor | None:
-    if any(getattr(group, name) is None for group in groups):
-        return None
+def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:
     parts = [torch.as_tensor(part) for group in groups for part in getattr(group, name)]
     return torch.cat(parts).float().to(like) if parts else like[:0]
 
 
-def _slopes(
-    groups: Sequence[Group],
-    columns: dict[str, Tensor],
-    places: _Places,
-    output: StepOutput,
-    loss: LossConfig,
-) -> dict[str, Tensor]:
-    """`slope` and `weights`, and `keep` where the policy term acts on some tokens only."""
-    logp = columns["logprobs"]
-    device = logp.device
-    advantages = [a for group in groups for a in group.advantage_values()]
-    advantages = torch.tensor(advantages, dtype=logp.dtype, device=device)
-    cu_seqlens = torch.from_numpy(places.offsets).to(device)
-    live = torch.from_numpy(places.mask).to(device)
-    of_row = np.asarray(output.tokens.rows, np.int64)
-    # Not forwarded, because its slope is 0; a NaN of another token is a NaN of the step.
-    known = {name: columns.get(name) for name in ("logprobs", "entropy", *PER_TOKEN)}
-    if (of_row < 0).any():
-        dead = torch.from_numpy(np.repeat(of_row < 0, np.diff(places.offsets))).to(device)
-        known = {k: v if v is None else torch.where(dead, 0.0, v) for k, v in known.items()}
-    of_group = np.repeat(np.arange(len(groups)), [len(group.completion_ids) for group in groups])
-    tokens = None
-    if loss.adds_up == "prompt_mean":
-        of_token = np.repeat(of_group, np.diff(places.offsets))
-        tokens = np.bincount(of_token, weights=places.mask, minlength=len(groups))
-        tokens = torch.from_numpy(tokens.astype(np.int64)[of_group]).to(device)
-    rows = loss_rows(
-        torch.from_numpy(places.ids).to(device),
-        advantages,
-        mask=live,
-        cu_seqlens=cu_seqlens,
-        **{name: known[name] for name in PER_TOKEN},
-        group_ids=torch.from_numpy(of_group).to(device),
-        group_lengths=tokens,
-        temperature=None,
-        denominator=output.tokens.denominator,
-        entropy_denominator=None,
-        config=loss,
-        vocabulary=int(places.ids.max(initial=0)) + 1,
-        dtype=logp.dtype,
-    )
-    rows = rows.replace(correction=known_correction(rows, loss, reduce=segment_reduce))
-    made = {}
-    if loss.top_entropy_quantile < 1:
-        keep = _kept(columns["entropy"], rows, places, of_row, loss)
-        rows, made = rows.replace(keep=keep), {"keep": keep}
-    # Log-probs in the place of an entropy that nothing looks at.
-    entropy = known["logprobs"] if known["entropy"] is None else known["entropy"]
-    terms = policy_terms(known["logprobs"], entropy, rows, loss, reduce=segment_reduce)
-    return {"slope": terms.slope, "weights": rows.weights, **made}
-
-
 def _kept(
-    entropy: Tensor, rows: LossRows, places: _Places, row_of: np.ndarray, loss: LossConfig
+    entropy: Tensor, mask: np.ndarray, offsets: np.ndarray, row_of: Sequence[int], loss: LossConfig
 ) -> Tensor:
     """The top-entropy mask: the quantile is one of each packed row."""
-    keep = torch.zeros_like(rows.weights)
-    row_of_token = np.repeat(row_of, np.diff(places.offsets))
-    for number in range(row_of.max(initial=-1) + 1):
+    keep = torch.zeros_like(entropy)
+    live = torch.from_numpy(mask).to(entropy.device)
+    row_of_token = np.repeat(row_of, np.diff(offsets))
+    for number in range(max(row_of, default=-1) + 1):
         here = torch.from_numpy(np.flatnonzero(row_of_token == number)).to(entropy.device)
-        keep[here] = top_entropy(entropy[here], rows.mask[here], loss.top_entropy_quantile)
+        keep[here] = top_entropy(entropy[here], live[here], loss.top_entropy_quantile)
     return keep
+
+
+def _weights(
+    groups: Sequence[Group],
+    mask: np.ndarray,
+    offsets: np.ndarray,
+    denominator: float | Tensor,
+    loss: LossConfig,
+    dtype: torch.dtype,
+) -> np.ndarray:
+    """The aggregation, by completion: in all of them every token in the loss has the same."""
+    live = np.diff(np.concatenate([[0], np.cumsum(mask)])[offsets])
+    count = len(live)
+    of_group = np.repeat(np.arange(len(groups)), [len(group.completion_ids) for group in groups])
+    group_tokens = np.bincount(of_group, weights=live, minlength=len(groups)).astype(np.int64)
+    # Sequences of one row each, of the lengths that they have.
+    segments = Segments(
+        torch.arange(count + 1), torch.arange(count), torch.from_numpy(live).to(dtype)
+    )
+    weights = token_weights(
+        torch.ones(count, dtype=torch.bool),
+        loss,
+        segments=segments,
+        group_ids=torch.from_numpy(of_group),
+        group_lengths=torch.from_numpy(group_tokens[of_group]),
+        denominator=float(denominator),
+        dtype=dtype,
+    )
+    return np.where(live > 0, weights.numpy(), np.nan)
 
 
 def push_table(columns: StepColumns, eos_token_ids: Sequence[int], most: int = 20) -> dict:

@@ -141,7 +141,8 @@ def _kept(
             places.append(np.arange(start, stop))
             end = at + stop - start
             entry = _completion(group, k) | {"start": at, "stop": end}
-            completions.append(entry | {"weight": _weight(columns, start, stop)})
+            weight = float(columns.weights[firsts[g] + k])
+            completions.append(entry | {"weight": None if math.isnan(weight) else weight})
             at = end
         groups.append(
             {
@@ -172,12 +173,6 @@ def _completion(group: ScoredGroup, k: int) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "text": completion.text,
     }
-
-
-def _weight(columns: StepColumns, start: int, stop: int) -> float | None:
-    """Of each live token of a completion; None where none is."""
-    live = columns.weights[start:stop][columns.arrays["mask"][start:stop] != 0]
-    return float(live[0]) if len(live) else None
 
 
 def _totals(
