@@ -43,8 +43,9 @@ def step_columns(
 
     whole: all of them, for a step that is kept; else those that metrics are made of.
     """
-    ids, mask = _ids(groups), _masks(groups)
-    offsets = np.cumsum([0, *map(len, output.logprobs)], dtype=np.int64)
+    completions = [ids for group in groups for ids in group.completion_ids]
+    offsets = np.cumsum([0, *map(len, completions)], dtype=np.int64)
+    ids, mask = _ids(completions, offsets[-1]), _mask(groups, offsets)
     tokens = output.tokens
     made = {"logprobs": output.logprobs, "slope": tokens.slope}
     if whole:
@@ -78,29 +79,23 @@ def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: column.numpy() for name, column in zip(columns, table, strict=True)}
 
 
-def _ids(groups: Sequence[Group]) -> np.ndarray:
-    parts = [ids for group in groups for ids in group.completion_ids]
+def _ids(parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     if all(isinstance(part, list) for part in parts):
-        # An array a completion takes half as long again.
-        return np.fromiter(chain.from_iterable(parts), np.int64, sum(map(len, parts)))
+        # An array a completion takes twice as long.
+        return np.fromiter(chain.from_iterable(parts), np.int64, count)
     return np.concatenate([np.zeros(0, np.int64), *(_array(part, np.int64) for part in parts)])
 
 
-def _masks(groups: Sequence[Group]) -> np.ndarray:
+def _mask(groups: Sequence[Group], offsets: np.ndarray) -> np.ndarray:
     """All 1 where not given."""
-    parts = []
+    mask, at = np.ones(offsets[-1], bool), 0
     for group in groups:
-        masks = group.completion_masks
-        masks = [None] * len(group.completion_ids) if masks is None else masks
-        parts += [_mask(m, ids) for m, ids in zip(masks, group.completion_ids, strict=True)]
-    return np.concatenate([np.zeros(0, bool), *parts])
-
-
-def _mask(mask: Sequence[int] | None, ids: Sequence[int]) -> np.ndarray:
-    # Of nearly every completion the whole mask is 1, which a list knows faster than an array.
-    if mask is None or (isinstance(mask, list) and mask.count(1) == len(mask)):
-        return np.ones(len(ids), bool)
-    return _array(mask, bool)
+        for k, part in enumerate(group.completion_masks or (), start=at):
+            # Nearly every one is 1 throughout, which a list knows faster than an array.
+            if not (isinstance(part, list) and part.count(1) == len(part)):
+                mask[offsets[k] : offsets[k + 1]] = _array(part, bool)
+        at += len(group.completion_ids)
+    return mask
 
 
 def _array(part: Sequence[int], dtype: type) -> np.ndarray:
@@ -108,7 +103,8 @@ def _array(part: Sequence[int], dtype: type) -> np.ndarray:
 
 
 def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:
-    parts = [torch.as_tensor(part) for group in groups for part in getattr(group, name)]
+    parts = [part for group in groups for part in getattr(group, name)]
+    parts = [part if isinstance(part, Tensor) else torch.as_tensor(part) for part in parts]
     return torch.cat(parts).float().to(like) if parts else like[:0]
 
 

@@ -215,9 +215,9 @@ def _ids(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> set[int]:
     push = meta.get("push", {})
     known = {i for name in ("up", "down") for i, _ in push.get(name, ())}
     prompts: Iterable[list[int]] = (group["prompt_ids"] for group in meta["groups"])
-    ids = np.unique(arrays["token_ids"])
     # A masked id may be none at all.
-    return known.union(*prompts, ids[ids >= 0].tolist())
+    ids = {i for i in set(np.asarray(arrays["token_ids"]).tolist()) if i >= 0}
+    return known.union(ids, *prompts)
 
 
 def _to_json(meta: dict[str, Any]) -> str:
