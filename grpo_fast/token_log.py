@@ -269,7 +269,8 @@ def _ids(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> set[int]:
     known = {i for name in ("up", "down") for i, _ in push.get(name, ())}
     prompts: Iterable[list[int]] = (group["prompt_ids"] for group in meta["groups"])
     # A masked id may be none at all.
-    ids = {i for i in set(np.asarray(arrays["token_ids"]).tolist()) if i >= 0}
+    ids = np.asarray(arrays["token_ids"], COLUMNS["token_ids"]).tolist()
+    ids = {i for i in set(ids) if i >= 0}
     return known.union(ids, *prompts)
 
 
