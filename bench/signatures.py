@@ -35,7 +35,8 @@ _FORWARD = _ROWS | _pointers("fp32", "logp", "lse")
 _BACKWARD = _ROWS | {"stride_out": "i64"} | _pointers("fp32", "dlogp", "lse")
 _POLICY = (
     _ROWS
-    | _pointers("fp32", "advantages", "weights", "loss", "logp", "entropy", "ratio", "mass")
+    | _pointers("fp32", "advantages", "weights", "loss", "logp", "entropy", "ratio")
+    | _pointers("fp32", "mass", "slope")
     | {"stride_dlogits": "i64"}
     | dict.fromkeys(("low", "high", "cap", "dual_clip", "beta", "log_ratio_clamp"), "fp32")
 )

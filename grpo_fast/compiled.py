@@ -187,12 +187,12 @@ class Operator:
 
 
 class LossOperator(Operator):
-    """`(arguments, needed, n_metrics) -> (loss, logprobs, entropy, ratio, kl, mass, first_bad,
-    metrics, one gradient a trained argument)`, the gradients of the loss itself."""
+    """`(arguments, needed, n_metrics) -> (loss, logprobs, entropy, ratio, kl, mass, slope,
+    first_bad, metrics, one gradient a trained argument)`, the gradients of the loss itself."""
 
     def __init__(self, eager: Callable, trained: tuple[str, ...]):
         super().__init__(eager, trained)
-        results = ", ".join(["Tensor"] * (8 + len(trained)))
+        results = ", ".join(["Tensor"] * (9 + len(trained)))
         schema = f"({self.arguments}, bool[] needed, int n_metrics) -> ({results})"
         self.operator = self.define(eager.__name__, schema, self.body, self.fake)
         self.operator.register_autograd(self.backward, setup_context=self.setup)
@@ -218,11 +218,11 @@ class LossOperator(Operator):
             has_sampler=call["sampler_logprobs"] is not None,
         )
         results = self.operator(*self.pack(call), needed, len(names))
-        loss, logprobs, entropy, ratio, kl, mass, first_bad, metrics = results[:8]
+        loss, logprobs, entropy, ratio, kl, mass, slope, first_bad, metrics = results[:9]
         by_name = dict(zip(names, metrics.unbind(), strict=True))
         output = LossOutput(loss, logprobs, entropy, by_name)
         kl = None if call["ref_logprobs"] is None else kl
-        output.tokens = TokenOutput(ratio, kl, mass, first_bad)
+        output.tokens = TokenOutput(ratio, kl, mass, slope, first_bad)
         return output
 
     def body(self, *values):
@@ -233,7 +233,7 @@ class LossOperator(Operator):
         with undisturbed(first.device, grad=any(needed)):
             output = self.eager(**call | leaves)
             made = gradients_of(output.loss, tuple(leaves.values()))
-        ratio, kl, mass, first_bad = output.tokens
+        ratio, kl, mass, slope, first_bad = output.tokens
         return (
             output.loss.detach(),
             output.logprobs,
@@ -241,6 +241,7 @@ class LossOperator(Operator):
             ratio,
             first.new_empty(0) if kl is None else kl,
             mass,
+            slope,
             first_bad,
             torch.stack(tuple(output.metrics.values())),
             *self.gradients(call, needed, made),
@@ -259,6 +260,7 @@ class LossOperator(Operator):
             first.new_empty(shape, dtype=exact),
             first.new_empty(0) if no_kl else first.new_empty(shape, dtype=exact),
             first.new_empty(shape, dtype=exact),
+            first.new_empty(shape, dtype=exact),
             first.new_empty((), dtype=torch.int64),
             first.new_empty(n_metrics, dtype=torch.float32),
             *self.fake_gradients(call, needed),
@@ -272,7 +274,7 @@ class LossOperator(Operator):
         *values, needed, _ = inputs
         call = self.named(values)
         ctx.dtypes = {name: call[name].dtype for name in self.chosen(needed)}
-        ctx.save_for_backward(*output[8:])
+        ctx.save_for_backward(*output[9:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 

@@ -35,6 +35,8 @@ class LossResult(NamedTuple):
     kl: Tensor | None
     mass: Tensor
     """Gradient mass: the norm of the policy and KL part of a row of d(loss) / d(logits)."""
+    slope: Tensor
+    """d(loss) / d(logp) of that part."""
     gradients: Gradients | None
 
 
@@ -93,7 +95,7 @@ def linear_loss(
     )
     job = Job(hidden, head, index, config, kernels, needed, products, shard)
     rows = known_beforehand(rows, config, kernels, lambda: _entropies(job, rows))
-    names = ("loss", "logp", "entropy", "ratio", "mass")
+    names = ("loss", "logp", "entropy", "ratio", "mass", "slope")
     names += () if rows.ref_logp is None else ("kl",)
     out = {name: hidden.new_empty(len(rows), dtype=exact_dtype(hidden)) for name in names}
     fused = shard is None and one_kernel(rows, config)
@@ -241,6 +243,7 @@ class BlockResult(NamedTuple):
     ratio: Tensor
     kl: Tensor | None
     mass: Tensor
+    slope: Tensor
 
 
 def _general_block(job: Job, rows: LossRows, block: Block) -> BlockResult:
@@ -284,7 +287,7 @@ def block_result(
     """What `policy_loss` would have returned; masked rows are 0."""
     mass = gradient_mass(terms.slope, logp, squares, rows.temperature)
     logp, entropy, mass = (torch.where(rows.mask, x, 0.0) for x in (logp, entropy, mass))
-    return BlockResult(terms.loss, logp, entropy, terms.ratio, terms.kl, mass)
+    return BlockResult(terms.loss, logp, entropy, terms.ratio, terms.kl, mass, terms.slope)
 
 
 def _within(part: slice, block: Block) -> slice:

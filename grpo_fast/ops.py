@@ -55,6 +55,8 @@ def _loss_output(
     full = {name: _as_given(getattr(result, name).detach(), rows, *live) for name in names} | (
         {"kl": None} if result.kl is None else {}
     )
+    # Known to be 0 where a row was skipped: that is why it was.
+    slope = _as_given(result.slope.detach(), rows, live.index, None)
     measured = rows.mask if live.skipped is None else rows.mask & ~live.skipped
     metrics = loss_metrics(
         Measured(
@@ -76,7 +78,11 @@ def _loss_output(
     shaped = {k: None if v is None else v.view(shape) for k, v in full.items()}
     output = LossOutput(loss, shaped["logp"], shaped["entropy"], metrics)
     output.tokens = TokenOutput(
-        shaped["ratio"], shaped["kl"], shaped["mass"], torch.where(first == count, -1, first)
+        shaped["ratio"],
+        shaped["kl"],
+        shaped["mass"],
+        slope.view(shape),
+        torch.where(first == count, -1, first),
     )
     return output
 

@@ -18,6 +18,8 @@ class TokenOutput(NamedTuple):
     gradient_mass: Tensor
     """|d(loss)/d(logp)| / temperature x sqrt((1 - p)^2 + sum of the other p^2): the norm of the
     token's row of d(loss) / d(logits), entropy bonus left out."""
+    slope: Tensor
+    """d(loss) / d(logp), entropy bonus left out; 0 where a row was skipped."""
     first_bad: Tensor
     """0-d int64: the first live token, counted through `targets`, whose log-prob is not finite; -1
     where there is none."""
@@ -82,6 +84,8 @@ class StepTokens(NamedTuple):
     """To the reference, by the config's estimator; None without one."""
     gradient_mass: list[Tensor]
     """`TokenOutput.gradient_mass`."""
+    slope: list[Tensor]
+    """`TokenOutput.slope`; 0 where not forwarded."""
     rows: list[int]
     """The packed row of each completion, which quantiles are of; -1 where not forwarded."""
     denominator: float | Tensor

@@ -69,6 +69,8 @@ class PolicyRows(NamedTuple):
     """As it enters the loss, so times the ratio under `bias_corrected_kl`."""
     mass: Tensor
     """L2 norm of the row of d(loss) / d(logits), the entropy bonus left out."""
+    slope: Tensor
+    """d(loss) / d(logp), the entropy bonus left out."""
 
 
 def policy_loss(
@@ -239,9 +241,16 @@ def _policy_rows(
         seen = tokens_of(leaf)
         # What a user's objective makes of the entropy is a bonus too.
         seen = replace(seen, entropy=seen.entropy.detach())
-        (gradient,) = torch.autograd.grad(live(weights * term(seen)[0]).sum(), leaf)
+        summed = live(weights * term(seen)[0]).sum()
+        gradient, slope = torch.autograd.grad(summed, (leaf, seen.logprobs))
     return PolicyRows(
-        loss, tokens.logprobs, tokens.entropy, live(tokens.ratio), live(kl), gradient.norm(dim=-1)
+        loss,
+        tokens.logprobs,
+        tokens.entropy,
+        live(tokens.ratio),
+        live(kl),
+        gradient.norm(dim=-1),
+        live(slope),
     )
 
 

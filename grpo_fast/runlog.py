@@ -1,6 +1,7 @@
 """The run folder: config.json, metrics.jsonl, completions.jsonl, tokens/, checkpoints/ and
 run.lock."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -55,12 +56,14 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Close the logs and give the lock back."""
-        if self.trackers is not None:
-            self.trackers.close()
-        for file in self._open.values():
-            file.close()
-        _unlock(self.folder, self._lock)
+        """Finish and close the logs, give the lock back, whichever of them fails."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(_unlock, self.folder, self._lock)
+            for file in self._open.values():
+                last_first.callback(file.close)
+            for log in (self.trackers, self.tokens):
+                if log is not None:
+                    last_first.callback(log.close)
 
     def start(self) -> Path | None:
         """Begin a new run: move an older one aside, write config.json; returns where it went."""
@@ -94,7 +97,7 @@ class RunLog:
         self._open = {name: _open_log(self.folder / name) for name in (METRICS, COMPLETIONS)}
         if self._config.log_tokens_mb:
             budget, steps = self._config.log_tokens_mb, self._config.max_steps
-            self.tokens = TokenLog(self.folder, budget_mb=budget, max_steps=steps)
+            self.tokens = TokenLog(self.folder, budget_mb=budget, max_steps=steps, background=True)
 
 
 def open_run(config: TrainConfig) -> RunLog:

@@ -260,7 +260,10 @@ def saved_config(config: TrainConfig) -> dict[str, Any]:
 def save(
     config: TrainConfig, run: RunLog, parts: Parts, step: int, seconds: float, tokens: int
 ) -> None:
-    """A checkpoint after `step`."""
+    """A checkpoint after `step`, whose tokens are there before it is: a run may be resumed from
+    it."""
+    if run.tokens is not None:
+        run.tokens.flush()
     control = parts.entropy_control
     save_checkpoint(
         run.checkpoints,

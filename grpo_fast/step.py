@@ -123,9 +123,9 @@ def _step_tokens(
     denominator: float | Tensor,
     device: torch.device,
 ) -> StepTokens:
-    def each(name: str) -> list[Tensor]:
+    def each(name: str, dead: float = torch.nan) -> list[Tensor]:
         values = [getattr(tokens, name) for tokens in made]
-        return per_completion(groups, packing, rows, values, device)
+        return per_completion(groups, packing, rows, values, device, dead=dead)
 
     measured = any(tokens.kl is not None for tokens in made)
     row_of = {member: number for number, row in enumerate(rows) for member in row.members}
@@ -133,6 +133,7 @@ def _step_tokens(
         ratio=each("ratio"),
         kl=each("kl") if measured else None,
         gradient_mass=each("gradient_mass"),
+        slope=each("slope", dead=0.0),
         rows=[row_of.get(member, -1) for member in members(groups)],
         denominator=denominator,
     )
@@ -282,12 +283,14 @@ def per_completion(
     rows: Sequence[Row],
     values: Sequence[Tensor],
     device: torch.device,
+    *,
+    dead: float = torch.nan,
 ) -> list[Tensor]:
-    """[N] of each row -> one tensor a completion, in group order."""
+    """[N] of each row -> one tensor a completion, in group order; `dead` where not forwarded."""
     found: dict[Member, Tensor] = {}
     for row, per_token in zip(rows, values, strict=True):
         found.update(row.split(per_token))
-    for left_out, value in ((packing.masked, 0.0), (packing.dead, torch.nan)):
+    for left_out, value in ((packing.masked, 0.0), (packing.dead, dead)):
         for g, k in left_out:
             length = len(groups[g].completion_ids[k])
             found[Member(g, k)] = torch.full((length,), value, device=device)

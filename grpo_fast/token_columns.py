@@ -3,150 +3,151 @@
 Shapes: `T` completion tokens of the step, in group order, `S` completions.
 """
 
-import itertools
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .aggregation import top_entropy
+from .aggregation import token_weights, top_entropy
 from .collate import PER_TOKEN
-from .correction import known_correction
 from .groups import Group
-from .inputs import loss_rows
 from .loss_config import LossConfig
 from .outputs import StepOutput
-from .policy_terms import policy_terms
-from .rows import LossRows
-from .torch_segments import segment_reduce
+from .rows import Segments
 
 # What the loss made; no number where the token is not in it.
 _MADE = ("logprobs", "entropy", "ratio", "gradient_mass", "kl", "old_logprobs")
+# Those of the others that metrics are made of.
+_OF_METRICS = ("old_logprobs", "sampler_logprobs")
 
 
 class StepColumns(NamedTuple):
     arrays: dict[str, np.ndarray]
-    """[T] each, as `token_log.COLUMNS` names them; NaN where not measured."""
+    """[T] each, those of `token_log.COLUMNS` that were asked for; NaN where not measured."""
     slope: np.ndarray
     """[T] d(loss) / d(logp), entropy bonus left out; 0 where masked."""
-    weights: np.ndarray
-    """[T] the aggregation: loss = sum(weights x per-token loss)."""
+    weights: np.ndarray | None
+    """[S] of each of its tokens in the loss = sum(weight x the token's loss), NaN for a completion
+    without one; None where only metrics were asked for."""
     offsets: np.ndarray
     """[S+1]."""
 
 
-def step_columns(groups: Sequence[Group], output: StepOutput, loss: LossConfig) -> StepColumns:
-    """Columns of all tokens of a step: those that `grpo_backward(model, groups, loss=loss)` made,
-    and the slope, by the same functions from its log-probs."""
-    device = output.loss.device
-    ids, mask = _flat(groups, "completion_ids", np.int64), _flat(groups, "completion_masks", bool)
-    mask = np.ones(len(ids), bool) if mask is None else mask
-    lengths = [len(part) for part in output.logprobs]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    made = {"logprobs": output.logprobs, "entropy": output.entropy, "ratio": output.tokens.ratio}
-    made |= {"gradient_mass": output.tokens.gradient_mass}
-    made |= {} if output.tokens.kl is None else {"kl": output.tokens.kl}
-    none = torch.zeros(0, device=device)
+def step_columns(
+    groups: Sequence[Group], output: StepOutput, loss: LossConfig, *, whole: bool = True
+) -> StepColumns:
+    """Columns of all tokens of a step, as `grpo_backward(model, groups, loss=loss)` made them.
+
+    whole: all of them, for a step that is kept; else those that metrics are made of.
+    """
+    completions = [ids for group in groups for ids in group.completion_ids]
+    offsets = np.cumsum([0, *map(len, completions)], dtype=np.int64)
+    ids, mask = _ids(completions, offsets[-1]), _mask(groups, offsets)
+    tokens = output.tokens
+    made = {"logprobs": output.logprobs, "slope": tokens.slope}
+    if whole:
+        made |= {"entropy": output.entropy, "ratio": tokens.ratio}
+        made |= {"gradient_mass": tokens.gradient_mass}
+        made |= {} if tokens.kl is None else {"kl": tokens.kl}
+    none = torch.zeros(0, device=output.loss.device)
     columns = {name: torch.cat([none, *parts]) for name, parts in made.items()}
-    columns |= {name: _given(groups, name, columns["logprobs"]) for name in PER_TOKEN}
-    columns = {name: values for name, values in columns.items() if values is not None}
-    places = _Places(ids, mask, offsets)
-    columns |= _slopes(groups, columns, places, output, loss)
-    names = list(columns)
-    # The one transfer.
-    table = torch.stack([columns[name].to(columns["slope"].dtype) for name in names]).cpu().numpy()
-    arrays = dict(zip(names, table, strict=True))
-    slope, weights = arrays.pop("slope"), arrays.pop("weights")
-    for name in arrays.keys() & set(_MADE):
-        arrays[name][~mask] = np.nan
+    for name in PER_TOKEN if whole else _OF_METRICS:
+        if all(getattr(group, name) is not None for group in groups):
+            columns[name] = _given(groups, name, columns["logprobs"])
+    if whole and loss.top_entropy_quantile < 1:
+        columns["keep"] = _kept(columns["entropy"], mask, offsets, tokens.rows, loss)
+    arrays = _on_host(columns)
+    slope = arrays.pop("slope")
+    if not mask.all():
+        for name in arrays.keys() & set(_MADE):
+            arrays[name][~mask] = np.nan
+    weights = None
+    if whole:
+        dtype = columns["slope"].dtype
+        weights = _weights(groups, mask, offsets, tokens.denominator, loss, dtype)
     return StepColumns(arrays | {"token_ids": ids, "mask": mask}, slope, weights, offsets)
 
 
-class _Places(NamedTuple):
-    ids: np.ndarray
-    mask: np.ndarray
-    offsets: np.ndarray
+def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """In the slope's dtype, in one transfer."""
+    dtype = columns["slope"].dtype
+    values = [column.to(dtype) for column in columns.values()]
+    table = values if values[0].device.type == "cpu" else torch.stack(values).cpu()
+    return {name: column.numpy() for name, column in zip(columns, table, strict=True)}
 
 
-def _flat(groups: Sequence[Group], name: str, dtype: type) -> np.ndarray | None:
-    """One number a token of what every group has, or None where none has it."""
-    if all(getattr(group, name) is None for group in groups):
-        return None
-    parts = []
+def _ids(parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    if all(isinstance(part, list) for part in parts):
+        # An array a completion takes twice as long.
+        return np.fromiter(chain.from_iterable(parts), np.int64, count)
+    return np.concatenate([np.zeros(0, np.int64), *(_array(part, np.int64) for part in parts)])
+
+
+def _mask(groups: Sequence[Group], offsets: np.ndarray) -> np.ndarray:
+    """All 1 where not given."""
+    mask, at = np.ones(offsets[-1], bool), 0
     for group in groups:
-        values = getattr(group, name)
-        # Masks are all 1 where not given.
-        values = [[1] * len(ids) for ids in group.completion_ids] if values is None else values
-        parts += [
-            np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype) for part in values
-        ]
-    return np.concatenate([np.zeros(0, dtype), *parts])
+        for k, part in enumerate(group.completion_masks or (), start=at):
+            # Nearly every one is 1 throughout, which a list knows faster than an array.
+            if not (isinstance(part, list) and part.count(1) == len(part)):
+                mask[offsets[k] : offsets[k + 1]] = _array(part, bool)
+        at += len(group.completion_ids)
+    return mask
 
 
-def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor | None:
-    if any(getattr(group, name) is None for group in groups):
-        return None
-    parts = [torch.as_tensor(part) for group in groups for part in getattr(group, name)]
-    return torch.cat([part.float() for part in parts]).to(like) if parts else like[:0]
+def _array(part: Sequence[int], dtype: type) -> np.ndarray:
+    return np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype)
 
 
-def _slopes(
-    groups: Sequence[Group],
-    columns: dict[str, Tensor],
-    places: _Places,
-    output: StepOutput,
-    loss: LossConfig,
-) -> dict[str, Tensor]:
-    """`slope` and `weights`, and `keep` where the policy term acts on some tokens only."""
-    logp = columns["logprobs"]
-    device = logp.device
-    advantages = [a for group in groups for a in group.advantage_values()]
-    advantages = torch.tensor(advantages, dtype=logp.dtype, device=device)
-    cu_seqlens = torch.from_numpy(places.offsets).to(device)
-    live = torch.from_numpy(places.mask).to(device)
-    spread = torch.repeat_interleave(advantages, torch.diff(cu_seqlens), output_size=len(logp))
-    # Not forwarded, because its slope is 0; a NaN of another token is a NaN of the step.
-    dead = live & logp.isnan() & (spread == 0)
-    known = {name: torch.where(dead, 0.0, values) for name, values in columns.items()}
-    of_group = np.repeat(np.arange(len(groups)), [len(group.completion_ids) for group in groups])
-    of_token = np.repeat(of_group, np.diff(places.offsets))
-    tokens = np.bincount(of_token, weights=places.mask, minlength=len(groups)).astype(np.int64)
-    rows = loss_rows(
-        torch.from_numpy(places.ids).to(device),
-        advantages,
-        mask=live,
-        cu_seqlens=cu_seqlens,
-        **{name: known.get(name) for name in PER_TOKEN},
-        group_ids=torch.from_numpy(of_group).to(device),
-        group_lengths=torch.from_numpy(tokens[of_group]).to(device),
-        temperature=None,
-        denominator=output.tokens.denominator,
-        entropy_denominator=None,
-        config=loss,
-        vocabulary=int(places.ids.max(initial=0)) + 1,
-        dtype=logp.dtype,
-    )
-    rows = rows.replace(correction=known_correction(rows, loss, reduce=segment_reduce))
-    made = {}
-    if loss.top_entropy_quantile < 1:
-        keep = _kept(columns["entropy"], rows, places, output.tokens.rows, loss)
-        rows, made = rows.replace(keep=keep), {"keep": keep}
-    terms = policy_terms(known["logprobs"], known["entropy"], rows, loss, reduce=segment_reduce)
-    return {"slope": terms.slope, "weights": rows.weights, **made}
+def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:
+    parts = [part for group in groups for part in getattr(group, name)]
+    parts = [part if isinstance(part, Tensor) else torch.as_tensor(part) for part in parts]
+    return torch.cat(parts).float().to(like) if parts else like[:0]
 
 
 def _kept(
-    entropy: Tensor, rows: LossRows, places: _Places, row_of: Sequence[int], loss: LossConfig
+    entropy: Tensor, mask: np.ndarray, offsets: np.ndarray, row_of: Sequence[int], loss: LossConfig
 ) -> Tensor:
     """The top-entropy mask: the quantile is one of each packed row."""
-    keep = torch.zeros_like(rows.weights)
-    row_of_token = np.repeat(row_of, np.diff(places.offsets))
+    keep = torch.zeros_like(entropy)
+    live = torch.from_numpy(mask).to(entropy.device)
+    row_of_token = np.repeat(row_of, np.diff(offsets))
     for number in range(max(row_of, default=-1) + 1):
         here = torch.from_numpy(np.flatnonzero(row_of_token == number)).to(entropy.device)
-        keep[here] = top_entropy(entropy[here], rows.mask[here], loss.top_entropy_quantile)
+        keep[here] = top_entropy(entropy[here], live[here], loss.top_entropy_quantile)
     return keep
+
+
+def _weights(
+    groups: Sequence[Group],
+    mask: np.ndarray,
+    offsets: np.ndarray,
+    denominator: float | Tensor,
+    loss: LossConfig,
+    dtype: torch.dtype,
+) -> np.ndarray:
+    """The aggregation, by completion: in all of them every token in the loss has the same."""
+    live = np.diff(np.concatenate([[0], np.cumsum(mask)])[offsets])
+    count = len(live)
+    of_group = np.repeat(np.arange(len(groups)), [len(group.completion_ids) for group in groups])
+    group_tokens = np.bincount(of_group, weights=live, minlength=len(groups)).astype(np.int64)
+    # Sequences of one row each, of the lengths that they have.
+    segments = Segments(
+        torch.arange(count + 1), torch.arange(count), torch.from_numpy(live).to(dtype)
+    )
+    weights = token_weights(
+        torch.ones(count, dtype=torch.bool),
+        loss,
+        segments=segments,
+        group_ids=torch.from_numpy(of_group),
+        group_lengths=torch.from_numpy(group_tokens[of_group]),
+        denominator=float(denominator),
+        dtype=dtype,
+    )
+    return np.where(live > 0, weights.numpy(), np.nan)
 
 
 def push_table(columns: StepColumns, eos_token_ids: Sequence[int], most: int = 20) -> dict:
@@ -154,10 +155,10 @@ def push_table(columns: StepColumns, eos_token_ids: Sequence[int], most: int = 2
     their tokens: `up` and `down` as (id, value), `eos` of all ids that end a completion together,
     None without one."""
     # An id that is masked may be none at all.
-    live = columns.arrays["mask"]
-    net = np.bincount(
-        columns.arrays["token_ids"][live], weights=-columns.slope[live].astype(np.float64)
-    )
+    ids, slope, live = columns.arrays["token_ids"], columns.slope, columns.arrays["mask"]
+    if not live.all():
+        ids, slope = ids[live], slope[live]
+    net = np.bincount(ids, weights=-slope.astype(np.float64))
     most = min(most, len(net))
 
     def extreme(sign: int) -> list[list]:
@@ -174,7 +175,7 @@ def group_means(columns: StepColumns, sizes: Sequence[int], values: np.ndarray) 
     """Mean of [T] over the measured tokens of each group; NaN where none is."""
     ends = columns.offsets[np.cumsum([0, *sizes])]
     means = []
-    for start, stop in itertools.pairwise(ends):
+    for start, stop in pairwise(ends):
         found = values[start:stop][np.isfinite(values[start:stop])]
         means.append(float(found.mean()) if len(found) else float("nan"))
     return means

@@ -10,6 +10,7 @@ import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +50,25 @@ class TokenStep(NamedTuple):
     """[T] each; completion `c` is `[c["start"] : c["stop"]]`."""
 
 
-class TokenLog:
-    """Writes steps while they fit in `budget_mb` (million bytes), spread over `max_steps`."""
+class _Written(NamedTuple):
+    step: int
+    """Bytes."""
+    lines: int
+    """Bytes of the vocabulary."""
+    ids: set[int]
+    """New in the vocabulary."""
 
-    def __init__(self, folder: str | Path, *, budget_mb: float, max_steps: int) -> None:
+
+class TokenLog:
+    """Writes steps while they fit in `budget_mb` (million bytes), spread over `max_steps`.
+
+    background: deflate and write in another thread while the next step is made, at most one step at
+    a time. What goes wrong there is raised by the next call of this log, at the latest by `close`.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, budget_mb: float, max_steps: int, background: bool = False
+    ) -> None:
         self.folder = Path(folder) / FOLDER
         self.budget = int(budget_mb * 1e6)
         self.max_steps = max_steps
@@ -65,14 +81,17 @@ class TokenLog:
         vocabulary = self.folder / VOCABULARY
         _drop_unfinished_line(vocabulary)
         self.steps = len(steps)
-        """Kept ones."""
+        """Kept ones, without one that is being written: `flush` waits for it."""
         self.spent = sum(sizes) + (vocabulary.stat().st_size if vocabulary.is_file() else 0)
-        """Bytes."""
+        """Bytes of those."""
         self._largest, self._latest = max(sizes, default=0), sizes[-1] if sizes else 0
+        self._worker = ThreadPoolExecutor(1, "token-log") if background else None
+        self._pending: Future[_Written | None] | None = None
 
     def due(self, step: int) -> bool:
         """Whether the budget's share of the steps so far has room: the first and the last step's
         is kept for them."""
+        self.flush()
         if self.steps == 0 or step >= self.max_steps:
             return self.spent < self.budget
         share = (self.budget - self._largest) * step / self.max_steps
@@ -87,16 +106,45 @@ class TokenLog:
     ) -> bool:
         """Keep a step that is due, whole or not at all; False where it is above the budget.
 
-        text_of: the text of a token id.
+        text_of: the text of a token id. In the background True says that the step was taken, and
+        `meta` and `arrays` are not to be changed any more; the last step is waited for.
         """
+        self.flush()
         kept = f"{meta['kept']}; {self._kept_steps(step)}"
         meta = {"schema": SCHEMA, "step": step, **meta, "kept": kept}
+        # Here, because a tokenizer is not to be asked by two threads at once.
+        texts = {i: text_of(i) for i in sorted(_ids(meta, arrays) - self._known)}
+        if self._worker is None:
+            return self._count(self._put(step, meta, arrays, texts))
+        self._pending = self._worker.submit(self._put, step, meta, arrays, texts)
+        return self.flush() if step >= self.max_steps else True
+
+    def flush(self) -> bool:
+        """Wait for the step that is being written, and count it; raises what went wrong with it.
+        False where it was above the budget."""
+        pending, self._pending = self._pending, None
+        return True if pending is None else self._count(pending.result())
+
+    def close(self) -> None:
+        """`flush`, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown()
+
+    def _put(
+        self,
+        step: int,
+        meta: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        texts: Mapping[int, str],
+    ) -> _Written | None:
+        """The files of a step, or None where they are above the budget; changes nothing here."""
         data = _encode(_to_json(meta), arrays)
-        new = sorted(_ids(meta, arrays) - self._known)
-        lines = "".join(json.dumps({"id": i, "text": text_of(i)}) + "\n" for i in new)
-        size = len(data) + len(lines)
-        if self.spent + size > self.budget:
-            return False
+        lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in texts.items())
+        if self.spent + len(data) + len(lines) > self.budget:
+            return None
         # The texts first: whoever finds a step finds the text of its ids.
         if lines:
             with (self.folder / VOCABULARY).open("a", **_LINES) as file:
@@ -105,10 +153,15 @@ class TokenLog:
         staging = path.with_name(f".{path.name}.writing")
         staging.write_bytes(data)
         staging.replace(path)
-        self._known |= set(new)
-        self.spent += size
+        return _Written(len(data), len(lines), set(texts))
+
+    def _count(self, written: _Written | None) -> bool:
+        if written is None:
+            return False
+        self._known |= written.ids
+        self.spent += written.step + written.lines
         self.steps += 1
-        self._largest, self._latest = max(self._largest, len(data)), len(data)
+        self._largest, self._latest = max(self._largest, written.step), written.step
         return True
 
     def _kept_steps(self, step: int) -> str:
@@ -218,9 +271,10 @@ def _ids(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> set[int]:
     push = meta.get("push", {})
     known = {i for name in ("up", "down") for i, _ in push.get(name, ())}
     prompts: Iterable[list[int]] = (group["prompt_ids"] for group in meta["groups"])
-    ids = np.unique(arrays["token_ids"])
     # A masked id may be none at all.
-    return known.union(*prompts, ids[ids >= 0].tolist())
+    ids = np.asarray(arrays["token_ids"], COLUMNS["token_ids"]).tolist()
+    ids = {i for i in set(ids) if i >= 0}
+    return known.union(ids, *prompts)
 
 
 def _to_json(meta: dict[str, Any]) -> str:

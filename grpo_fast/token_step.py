@@ -50,12 +50,13 @@ def log_tokens(
 
     groups, output, loss: what `grpo_backward` was given and gave in `iteration`.
     """
-    columns = step_columns(groups, output, loss)
+    kept = log is not None and log.due(step)
+    columns = step_columns(groups, output, loss, whole=kept)
     push = push_table(columns, told.eos_token_ids)
     metrics = kl_metrics(columns) | ({} if push["eos"] is None else {"push/eos": push["eos"]})
     if log is None:
         return metrics
-    if log.due(step):
+    if kept:
         meta, arrays = _kept(told, scored, columns, step)
         meta |= {
             "iteration": iteration,
@@ -140,7 +141,8 @@ def _kept(
             places.append(np.arange(start, stop))
             end = at + stop - start
             entry = _completion(group, k) | {"start": at, "stop": end}
-            completions.append(entry | {"weight": _weight(columns, start, stop)})
+            weight = float(columns.weights[firsts[g] + k])
+            completions.append(entry | {"weight": None if math.isnan(weight) else weight})
             at = end
         groups.append(
             {
@@ -171,12 +173,6 @@ def _completion(group: ScoredGroup, k: int) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "text": completion.text,
     }
-
-
-def _weight(columns: StepColumns, start: int, stop: int) -> float | None:
-    """Of each live token of a completion; None where none is."""
-    live = columns.weights[start:stop][columns.arrays["mask"][start:stop] != 0]
-    return float(live[0]) if len(live) else None
 
 
 def _totals(

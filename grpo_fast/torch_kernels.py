@@ -39,6 +39,7 @@ class PolicyRows(NamedTuple):
     ratio: Tensor
     kl: Tensor | None
     mass: Tensor
+    slope: Tensor
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -365,5 +366,11 @@ def policy_loss(
         )
     mass = gradient_mass(terms.slope, found.logp, found.other_squares, temperature)
     return PolicyRows(
-        terms.loss, live(found.logp), live(found.entropy), terms.ratio, terms.kl, live(mass)
+        terms.loss,
+        live(found.logp),
+        live(found.entropy),
+        terms.ratio,
+        terms.kl,
+        live(mass),
+        terms.slope,
     )

@@ -279,6 +279,7 @@ def _policy_loss_kernel(
     p_ratio,
     p_kl,
     p_mass,
+    p_slope,
     v_units,
     stride_logits,
     stride_dlogits,
@@ -299,7 +300,7 @@ def _policy_loss_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     v_size = v_units * UNIT
     weight = tl.load(p_weights + i_row)
-    loss, logp, entropy, ratio, kl, mass = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    loss, logp, entropy, ratio, kl, mass, slope = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     # What a masked row holds is never read: 0 x NaN would be NaN.
     if weight != 0.0:
         inv_temperature = inverse_temperature(p_temperature, temperature, i_row)
@@ -346,14 +347,14 @@ def _policy_loss_kernel(
                 p_entropy_weights is not None,
                 BV,
             )
-    else:
-        if p_dlogits is not None:
-            zero_row(p_dlogits + i_row * stride_dlogits, v_size, BV)
+    elif p_dlogits is not None:
+        zero_row(p_dlogits + i_row * stride_dlogits, v_size, BV)
     tl.store(p_loss + i_row, loss)
     tl.store(p_logp + i_row, logp)
     tl.store(p_entropy + i_row, entropy)
     tl.store(p_ratio + i_row, ratio)
     tl.store(p_mass + i_row, mass)
+    tl.store(p_slope + i_row, slope)
     if p_ref_logp is not None:
         tl.store(p_kl + i_row, kl)
 
@@ -367,6 +368,8 @@ class PolicyRows(NamedTuple):
     kl: Tensor | None
     mass: Tensor
     """L2 norm of what the loss without its entropy term has as gradient in the row's logits."""
+    slope: Tensor
+    """Its derivative in logp."""
 
 
 def policy_loss(
@@ -433,8 +436,8 @@ def policy_loss(
     scale = temperature_arguments(temperature, n, device)
     if dlogits is not None:
         check_written_rows("dlogits", dlogits, logits)
-    loss, logp, entropy, ratio, mass = (
-        torch.empty(n, dtype=torch.float32, device=device) for _ in range(5)
+    loss, logp, entropy, ratio, mass, slope = (
+        torch.empty(n, dtype=torch.float32, device=device) for _ in range(6)
     )
     kl = None if ref_logp is None else torch.empty_like(loss)
     if n:
@@ -450,6 +453,7 @@ def policy_loss(
                 p_ratio=ratio,
                 p_kl=kl,
                 p_mass=mass,
+                p_slope=slope,
                 stride_logits=logits.stride(0),
                 stride_dlogits=0 if dlogits is None else dlogits.stride(0),
                 low=float(low),
@@ -465,4 +469,4 @@ def policy_loss(
                 **scale,
                 **vocabulary_arguments(CONFIGS, v),
             )
-    return PolicyRows(loss, logp, entropy, ratio, kl, mass)
+    return PolicyRows(loss, logp, entropy, ratio, kl, mass, slope)

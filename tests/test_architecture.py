@@ -97,14 +97,10 @@ ALLOWED = {
     "token_columns": {
         "aggregation",
         "collate",
-        "correction",
         "groups",
-        "inputs",
         "loss_config",
         "outputs",
-        "policy_terms",
         "rows",
-        "torch_segments",
     },
     "token_step": {
         "groups",

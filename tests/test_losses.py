@@ -177,6 +177,7 @@ def oracle(kwargs: dict, config: LossConfig, dtype: torch.dtype = FLOAT64) -> di
         "entropy": found.entropy,
         "ratio": found.ratio,
         "gradient_mass": found.mass,
+        "slope": found.slope,
         **({} if found.kl is None else {"kl": found.kl}),
         **dict(zip(leaves, gradients, strict=True)),
     }
@@ -197,6 +198,7 @@ def public(kwargs: dict, config: LossConfig, impl: str, *, packed: bool = False)
         "entropy": output.entropy,
         "ratio": tokens.ratio,
         "gradient_mass": tokens.gradient_mass,
+        "slope": tokens.slope,
         **({} if tokens.kl is None else {"kl": tokens.kl}),
     }
     assert all(value.shape == kwargs["targets"].shape for value in per_token.values())

@@ -80,8 +80,8 @@ MUTANTS = [
     Mutant(
         POLICY,
         "gradient of masked rows not written",
-        "            zero_row(p_dlogits + i_row * stride_dlogits, v_size, BV)",
-        "            pass",
+        "        zero_row(p_dlogits + i_row * stride_dlogits, v_size, BV)",
+        "        pass",
     ),
     Mutant(POLICY, "weight missing from the gradient", "weight * slope,", "slope,"),
     Mutant(POLICY, "KL sign flipped", "loss += beta * kl", "loss -= beta * kl"),
@@ -330,6 +330,9 @@ MUTANTS = [
         "others",
     ),
     Mutant(POLICY, "signed mass", "mass = tl.abs(slope)", "mass = slope"),
+    Mutant(
+        POLICY, "slope without its sign", "p_slope + i_row, slope", "p_slope + i_row, tl.abs(slope)"
+    ),
     Mutant(
         POLICY,
         "mass lacks 1 / temperature",

@@ -118,11 +118,15 @@ def test_every_token_is_the_oracle_s(model, name, cut):
     truth = oracle(model, groups, config)
     masks = [torch.tensor(mask).bool() for group in groups for mask in group.completion_masks]
     dead = [not a and not config.beta for group in groups for a in group.advantages.tolist()]
-    made = {"ratio": "ratio", "gradient_mass": "mass"} | ({"kl": "kl"} if policies else {})
+    made = {"ratio": "ratio", "gradient_mass": "mass", "slope": "slope"}
+    made |= {"kl": "kl"} if policies else {}
     assert (output.tokens.kl is None) == (not policies)
     for ours, theirs in made.items():
         found = getattr(output.tokens, ours)
         for k, (value, exact) in enumerate(zip(found, truth[theirs], strict=True)):
+            if dead[k] and ours == "slope":
+                assert (value == 0).all(), f"completion {k} teaches nothing"
+                continue
             if dead[k]:
                 assert value.isnan().all(), f"{ours} of completion {k} was not forwarded"
                 continue

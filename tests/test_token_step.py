@@ -175,7 +175,7 @@ def test_slopes_and_push_table_are_the_oracle_s(model, name, cut):
 
 
 def test_gradient_mass_is_the_slope_s(model):
-    """The kernel's own number and the slope that is made again: one is a bound of the other."""
+    """Two numbers of the loss for every token: one is a bound of the other."""
     config, known = CONFIGS["top entropy"]
     groups = groups_of(model, known)
     output = grpo_backward(model, groups, loss=config, **CUTS["rows"])
@@ -201,7 +201,8 @@ def test_columns_are_those_of_the_step(model):
     for name, parts in made.items():
         assert np.array_equal(columns.arrays[name][live], torch.cat(parts).numpy()[live]), name
         assert np.isnan(columns.arrays[name][~live]).all(), name
-    assert columns.weights[live] == pytest.approx(1 / output.tokens.denominator)
+    assert columns.weights[:-1] == pytest.approx(1 / output.tokens.denominator)
+    assert np.isnan(columns.weights[-1]), "it is masked whole"
 
 
 def test_a_completion_that_teaches_nothing_has_no_numbers_and_no_push(model):
@@ -214,10 +215,10 @@ def test_a_completion_that_teaches_nothing_has_no_numbers_and_no_push(model):
     assert np.isfinite(columns.slope).all()
 
 
-def test_a_nan_of_the_model_is_not_taken_for_a_dead_completion(model):
-    groups = groups_of(model, "")
+def test_a_nan_of_the_step_is_not_taken_for_a_dead_completion(model):
+    groups = groups_of(model, "old")
+    groups[0].old_logprobs[0][0] = torch.nan
     output = grpo_backward(model, groups)
-    output.logprobs[0][0] = torch.nan
     columns = step_columns(groups, output, LossConfig())
     assert np.isnan(columns.slope[0])
 

@@ -5,14 +5,16 @@ import dataclasses
 import os
 import signal
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from grpo_fast import ConfigError, LossConfig, train, trainer
+from grpo_fast import ConfigError, LossConfig, session, token_log, train, trainer
 from grpo_fast.config import TrainConfig
 from grpo_fast.records import open_records
+from grpo_fast.runlog import read_metrics
 from grpo_fast.tiny import tiny_tokenizer
 from grpo_fast.token_log import (
     COLUMNS,
@@ -84,7 +86,9 @@ def test_a_run_keeps_its_tokens(world, tmp_path):
     assert row["push/eos"] == meta["push"]["eos"]
     assert row["kl/old_k3"] > 0
     assert row["kl/sampler_k3"] < 1e-9, "sampler and trainer disagree"
-    assert row["tokens/steps_kept"] == 2
+    assert [r["tokens/steps_kept"] for r in records.rows[1:]] == [0, 1, 3], (
+        "what is on disk: a step's own file is written while the next one is made, the last waits"
+    )
     assert row["time/token_log"] > 0
 
 
@@ -140,6 +144,43 @@ def test_resumed_tokens_are_those_of_the_whole_run(world, tmp_path, monkeypatch)
     names = ("push/eos", "tokens/mb", "tokens/steps_kept")
     ours, theirs = (open_records(tmp_path / name).rows[1:] for name in ("parts", "whole"))
     assert [[row[n] for n in names] for row in ours] == [[row[n] for n in names] for row in theirs]
+
+
+def test_a_checkpoint_s_tokens_are_there_before_it_is(world, tmp_path, monkeypatch):
+    """However long writing takes: a resumed run would lack them."""
+    saved, encode = {}, token_log._encode
+
+    def slowly(*of):
+        time.sleep(0.2)
+        return encode(*of)
+
+    def save(folder, step, **of):
+        saved[step] = read_token_steps(tmp_path / "run")
+
+    monkeypatch.setattr(token_log, "_encode", slowly)
+    monkeypatch.setattr(session, "save_checkpoint", save)
+    train(config_of(world, tmp_path / "run"))
+    assert saved == {2: [1, 2], 3: [1, 2, 3]}
+
+
+@pytest.mark.parametrize("bad, rows", [(1, 2), (3, 3)])
+def test_tokens_that_cannot_be_written_end_the_run(world, tmp_path, monkeypatch, bad, rows):
+    """By the next step at the latest, and the folder is free again."""
+    real = Path.write_bytes
+
+    def full(path, data):
+        if path.name == f".step-{bad:06d}.npz.writing":
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    config = config_of(world, tmp_path / "run", save_every=0)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config)
+    monkeypatch.undo()
+    assert read_token_steps(tmp_path / "run") == list(range(1, bad))
+    assert not (tmp_path / "run/run.lock").exists()
+    assert len(read_metrics(tmp_path / "run")) == rows, "from step 0"
 
 
 def test_an_older_run_s_tokens_move_with_it(world, tmp_path):

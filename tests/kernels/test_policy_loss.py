@@ -193,7 +193,7 @@ def check_policy_loss(policy_loss, case: Case, device) -> None:
         gradient = torch.full_like(rows["logits"], math.nan, dtype=case.gradient_dtype)
     out = policy_loss(**rows, **options, dlogits=gradient)
     assert (out.kl is not None) == case.ref
-    names = ("loss", "logp", "entropy", "ratio", "kl", "mass", "dlogits")
+    names = ("loss", "logp", "entropy", "ratio", "kl", "mass", "slope", "dlogits")
     for name, mine, same, exact in zip(names, (*out, gradient), eager, oracle, strict=True):
         if mine is not None:
             same = same.to(mine.dtype)
