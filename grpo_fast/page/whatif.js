@@ -51,9 +51,9 @@ function unknownBecause(view, config, advantages, dropped, asTrained) {
   const { meta, tokens } = view.step;
   const missing = (name) => `this step has no ${name} log-probs`;
   const kind = addsUp(config);
-  if (!meta.loss_known && config === meta.loss) return "the log does not say which loss was trained";
   if (meta.unmeasured.includes("logprobs")) return missing("policy");
   if (meta.unmeasured.includes("old_logprobs")) return missing("old");
+  if (!meta.loss_known && config === meta.loss) return "the log does not say which loss was trained";
   if (config.objective) return "objective is a function of the run, which this page does not have";
   if (config.top_entropy_quantile < 1 && (!tokens.keep || dropped.size)) {
     return "top_entropy_quantile is a quantile over all tokens of the step, which are not stored";

@@ -49,7 +49,7 @@ def test_ids_alone_are_shown_and_nothing_is_made_up(visit, tmp_path):
     assert "Not forwarded" not in said
     for name in ("log-prob", "old", "ratio", "KL", "entropy", "gradient mass"):
         assert page.locator(f"[data-testid='why-{name}']").inner_text() == "not measured"
-    assert "the log does not say which loss was trained" in said
+    assert "this step has no policy log-probs" in said
     assert "this step has no policy log-probs" in page.locator("#xray-notes").inner_text()
     assert page.locator("[data-testid=trained-loss], [data-testid=whatif-loss]").count() == 0
 
