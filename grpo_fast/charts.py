@@ -58,6 +58,7 @@ def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     )
     return [
         *_reward_charts(part_lines),
+        *_group_charts(),
         *_length_charts(),
         *_policy_charts(),
         *_optimizer_charts(),
@@ -93,6 +94,11 @@ def _reward_charts(parts: tuple[Line, ...]) -> list[Chart]:
             "when few succeed, 0 when all do the same.",
             zero=True,
         ),
+    ]
+
+
+def _group_charts() -> list[Chart]:
+    return [
         Chart(
             title="Spread of the rewards",
             lines=(

@@ -22,6 +22,7 @@ LIMITS: dict[str, dict[str, float]] = {
         "noise": 1.0,
         "speed": 1.4,
         "height": 1.2,
+        "rows": 3,
         "eval_gain": 0.1,
         "blind": 0.08,
     },

@@ -106,6 +106,7 @@ class History:
         """Names of reward functions."""
         self.identical = 0
         """Last rows in which every completion had the same reward."""
+        self._lasting: dict[str, int] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.row = row
@@ -134,6 +135,11 @@ class History:
             self.here.add(TWO_REWARDS)
         if self.options.get("num_iterations") == 1 and "clip_ratio/region_mean" in self.here:
             self.here.add(ONE_ITERATION)
+
+    def lasts(self, name: str, here: bool) -> int:
+        """In how many rows in a row something was seen, this one included; asked once a row."""
+        self._lasting[name] = self._lasting.get(name, 0) + 1 if here else 0
+        return self._lasting[name]
 
     @property
     def step(self) -> int:

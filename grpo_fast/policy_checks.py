@@ -52,6 +52,12 @@ def kl_explosion(run: History, limits: Limits) -> Seen | None:
 
 
 def kl_without_reward(run: History, limits: Limits) -> Seen | None:
+    seen = _kl_without_reward(run, limits)
+    # What lasts for a row or two is the noise of two windows that meet.
+    return seen if run.lasts("R4", seen is not None) >= limits["R4"]["rows"] else None
+
+
+def _kl_without_reward(run: History, limits: Limits) -> Seen | None:
     own = limits["R4"]
     kl = run.trend("kl", slow(run, "reward"))
     if kl is None or not (kl.last > own["ratio"] * kl.first and kl.change > own["rise"]):

@@ -20,7 +20,7 @@ from ..import_lines import measured, read_completions, text_of
 from ..loss_config import LossConfig
 from ..report import write_report
 from ..runlog import RunLog, open_run, read_metrics, write_config
-from .trl_tokens import StepTokens, step_tokens
+from .trl_tokens import StepWatch, step_tokens
 
 # Keys of config.json that TRL has under the same name.
 SAME = (
@@ -77,7 +77,7 @@ class RunLogCallback(TrainerCallback):
             raise ConfigError(f"log_tokens_mb = {log_tokens_mb}, expected a number from 0 up")
         self._megabytes = log_tokens_mb
         self._run: RunLog | None = None
-        self._tokens: StepTokens | None = None
+        self._tokens: StepWatch | None = None
         self._of_tokens: list[dict[str, float]] = []
         """Of the steps since the last row."""
         self._row: dict[str, Any] = {}

@@ -44,7 +44,7 @@ class Generation(NamedTuple):
     advantages: list[float]
 
 
-def step_tokens(trainer: Any, tokens: TokenLog | None) -> "StepTokens | None":
+def step_tokens(trainer: Any, tokens: TokenLog | None) -> "StepWatch | None":
     """What keeps the steps of `trainer` in `tokens`; None, and a line, where that is not known."""
     if tokens is None:
         return None
@@ -55,10 +55,10 @@ def step_tokens(trainer: Any, tokens: TokenLog | None) -> "StepTokens | None":
     except ConfigError as error:
         log.warning("no token log: %s", error)
         return None
-    return StepTokens(trainer, tokens, trl.__version__)
+    return StepWatch(trainer, tokens, trl.__version__)
 
 
-class StepTokens:
+class StepWatch:
     """Watches `trainer` between `attach` and `detach`; `end_step` keeps what was seen."""
 
     def __init__(self, trainer: Any, tokens: TokenLog, version: str) -> None:
