@@ -206,11 +206,12 @@ def test_an_interrupted_run_can_be_read(world, tmp_path, monkeypatch):
 
 
 def test_the_log_takes_a_small_part_of_a_step(world, tmp_path, one_thread):
-    """0.5 to 2 % of the smallest model there is; the bound is for a machine that others use."""
+    """1 to 2 % of a third of a second, the shortest step there is; docs/log_cost.py measures real
+    ones. The bound is for a machine that others use."""
     train(config_of(world, tmp_path / "run", group_size=16, max_completion_length=64, max_steps=4))
     rows = open_records(tmp_path / "run").rows[1:]
     share = statistics.median(row["time/token_log"] / row["step_time"] for row in rows)
-    assert share < 0.10
+    assert share < 0.06
 
 
 def test_the_snippet_of_the_docs_runs_on_a_run(world, tmp_path, capsys):
