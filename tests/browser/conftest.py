@@ -31,6 +31,7 @@ from grpo_fast.report import report_page
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 EOS = 1
+CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 LONGEST = 64
 EVIL = "<script>window.stolen = 1</script><img src=x onerror=stolen=1>\u202eltr\u2028\u0007\ud800"
 WORDS = ("<pad>", "<eos>", "\n", " ", " the", " answer", " is", "4", "2", " 17", "\t", EVIL, " no")
@@ -305,9 +306,9 @@ def write_page(folder, tokens: TokenLog | None = None) -> Any:
 
 @pytest.fixture(scope="session")
 def make():
-    """make.step, log, oracle, run and page: nobody imports a conftest."""
+    """make.step, log, oracle, run, page and config: nobody imports a conftest."""
     return types.SimpleNamespace(
-        step=make_step, log=TokenLog, oracle=oracle, run=write_run, page=write_page
+        step=make_step, log=TokenLog, oracle=oracle, run=write_run, page=write_page, config=CONFIG
     )
 
 
@@ -357,3 +358,11 @@ def visit(browser):
         assert {url.partition("#")[0] for url in opened.asked if not url.startswith("blob:")} == {
             opened.asked[0].partition("#")[0]
         }
+
+
+@pytest.fixture(scope="module")
+def report(make, tmp_path_factory):
+    """(a page of three kept steps, the steps)."""
+    steps = {step: make.step(make.config, step=step) for step in (1, 5, 10)}
+    folder = make.run(tmp_path_factory.mktemp("runs") / "demo")
+    return make.page(folder, make.log(steps)), steps

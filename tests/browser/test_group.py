@@ -8,21 +8,12 @@ import pytest
 import torch
 
 from grpo_fast import xray
-from grpo_fast.loss_config import LossConfig
 from grpo_fast.records import open_records
 from grpo_fast.reference_advantage import group_advantage
 from grpo_fast.report import report_page
 
 pytestmark = pytest.mark.browser
-CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 WIDTHS = [(1280, "light"), (320, "dark")]
-
-
-@pytest.fixture(scope="module")
-def report(make, tmp_path_factory):
-    steps = {step: make.step(CONFIG, step=step) for step in (1, 5, 10)}
-    folder = make.run(tmp_path_factory.mktemp("runs") / "demo")
-    return make.page(folder, make.log(steps)), steps
 
 
 def ready(page, step: int, group: int) -> None:
@@ -70,7 +61,7 @@ def test_a_link_to_what_is_there_says_nothing(report, visit):
 
 
 def test_what_had_no_room_on_the_page_is_in_the_log(make, visit, tmp_path, monkeypatch):
-    log = make.log({step: make.step(CONFIG, step=step) for step in range(1, 8)})
+    log = make.log({step: make.step(make.config, step=step) for step in range(1, 8)})
     sizes = [entry.size for entry in map(xray._encode, log.kept.values())]
     monkeypatch.setattr(xray, "MOST_BYTES", int(2.5 * min(sizes)))
     path = make.page(make.run(tmp_path / "run"), log)
@@ -103,7 +94,7 @@ def copied(step, sources: list[int], rewards: dict[int, float]):
 @pytest.fixture
 def twins(make, visit, tmp_path):
     """Of six completions 1, 2, 3 and 5 have the same tokens, and 5 another reward."""
-    step = make.step(CONFIG, step=1, size=6, rewards=[1.0, 0.5, 0.0, 0.25, 0.75, 0.0])
+    step = make.step(make.config, step=1, size=6, rewards=[1.0, 0.5, 0.0, 0.25, 0.75, 0.0])
     step = copied(step, [0, 1, 1, 1, 4, 1], {5: 0.9})
     path = make.page(make.run(tmp_path / "run"), make.log({1: step}))
     return lambda fragment="", **options: visit(path, f"#step=1&group=7{fragment}", **options).page
@@ -183,14 +174,14 @@ def test_the_same_prompt_at_other_steps_is_a_line_with_links(report, visit, widt
 
 
 def test_a_prompt_that_does_not_come_again_has_no_line(make, visit, tmp_path):
-    path = make.page(make.run(tmp_path / "run"), make.log({1: make.step(CONFIG)}))
+    path = make.page(make.run(tmp_path / "run"), make.log({1: make.step(make.config)}))
     page = visit(path, "#step=1&group=7").page
     said = page.get_by_test_id("trend").inner_text()
     assert said == "No other step of this page has this prompt."
     assert not page.get_by_test_id("trend-line").count()
 
 
-def outside(step, group) -> tuple[int, int]:
+def outside(step, group, config) -> tuple[int, int]:
     """Tokens whose ratio to the sampler's log-prob is beyond the bounds: all, and those of them
     whose ratio to the old policy's is not."""
     span = slice(group["completions"][0]["start"], group["completions"][-1]["stop"])
@@ -199,7 +190,7 @@ def outside(step, group) -> tuple[int, int]:
         for name in ("logprobs", "old_logprobs", "sampler_logprobs")
     )
     moved, seen = (
-        (ratio < 1 - CONFIG.epsilon) | (ratio > 1 + CONFIG.clip_high)
+        (ratio < 1 - config.epsilon) | (ratio > 1 + config.clip_high)
         for ratio in (np.exp(new - old), np.exp(new - sampler))
     )
     seen &= step.arrays["mask"][span] > 0
@@ -210,10 +201,10 @@ def outside(step, group) -> tuple[int, int]:
 def test_the_precision_lens_marks_what_rounding_alone_would_clip(
     make, visit, tmp_path, width, scheme
 ):
-    step = make.step(CONFIG)
+    step = make.step(make.config)
     noise = np.random.default_rng(0).normal(0, 0.3, len(step.arrays["logprobs"]))
     step.arrays["sampler_logprobs"] += noise.astype(np.float32)
-    seen, expected = outside(step, step.meta["groups"][1])
+    seen, expected = outside(step, step.meta["groups"][1], make.config)
     assert seen > expected > 0
     options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
     path = make.page(make.run(tmp_path / "run"), make.log({1: step}))
@@ -232,7 +223,7 @@ def test_the_precision_lens_marks_what_rounding_alone_would_clip(
 
 
 def test_without_the_samplers_log_probs_there_is_no_lens(make, visit, tmp_path):
-    log = make.log({1: make.step(CONFIG, sampler=False)})
+    log = make.log({1: make.step(make.config, sampler=False)})
     page = visit(make.page(make.run(tmp_path / "run"), log), "#step=1&group=7").page
     button = page.get_by_test_id("channel-gap")
     assert button.is_disabled()

@@ -6,10 +6,8 @@ import time
 import pytest
 
 from grpo_fast import xray
-from grpo_fast.loss_config import LossConfig
 
 pytestmark = pytest.mark.browser
-CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
 WORDS = [f" w{number}" for number in range(5000)]
 # Of these 16 completions the page draws so many tokens each before anybody scrolls.
 CHUNK = 256
@@ -17,7 +15,7 @@ CHUNK = 256
 
 @pytest.fixture(scope="module")
 def large(make, tmp_path_factory):
-    step = make.step(CONFIG, groups=2, size=16, length=5600, words=len(WORDS))
+    step = make.step(make.config, groups=2, size=16, length=5600, words=len(WORDS))
     step = xray._only(step, step.meta["groups"][1:])
     folder = make.run(tmp_path_factory.mktemp("runs") / "run")
     return make.page(folder, make.log({1: step}, WORDS)), step
@@ -117,7 +115,7 @@ def test_what_the_browsers_search_finds_stays_found_when_it_is_drawn(opened, lar
 
 def test_numbers_count_every_token_and_colours_reach_the_later_ones(opened, large, make):
     page, group = opened
-    told = make.oracle(large[1], group, CONFIG)
+    told = make.oracle(large[1], group, make.config)
     for which in ("trained", "whatif"):
         for name in ("loss", "mass", "gaining"):
             shown = page.get_by_test_id(f"{which}-{name}").get_attribute("data-value")

@@ -3,17 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_fast.loss_config import LossConfig
-
 pytestmark = pytest.mark.browser
-CONFIG = LossConfig(loss_type="dapo", epsilon_high=0.28, beta=0.04)
-
-
-@pytest.fixture(scope="module")
-def report(make, tmp_path_factory):
-    steps = {step: make.step(CONFIG, step=step) for step in (1, 5, 10)}
-    folder = make.run(tmp_path_factory.mktemp("runs") / "demo")
-    return make.page(folder, make.log(steps)), steps
 
 
 def ready(page, step: int, group: int) -> None:
@@ -115,7 +105,7 @@ def test_the_why_card_has_the_formula_filled_in(report, visit, make):
     assert branch == f"{said}, the KL stays"
     for name in ("log-prob", "old", "reference", "sampler", "KL", "entropy", "gradient mass"):
         assert page.get_by_test_id(f"why-{name}").inner_text()
-    told = make.oracle(step, group, CONFIG)
+    told = make.oracle(step, group, make.config)
     offset = at - group["completions"][0]["start"]
     slope = float(page.get_by_test_id("why-trained-slope").get_attribute("data-value"))
     assert slope == pytest.approx(float(told["slope"][offset]), rel=1e-9)
@@ -247,7 +237,9 @@ def test_a_chart_tells_the_value_under_the_pointer(report, visit):
 
 def test_a_finding_of_the_doctor_opens_the_token_that_shows_it(make, visit, tmp_path):
     rows = [{"step": s, "reward": 0.1, "kl": 9.0 * s} for s in range(1, 41)]
-    path = make.page(make.run(tmp_path / "run", rows), make.log({40: make.step(CONFIG, step=40)}))
+    path = make.page(
+        make.run(tmp_path / "run", rows), make.log({40: make.step(make.config, step=40)})
+    )
     page = visit(path).page
     link = page.locator("section.finding", has_text="KL explosion").get_by_test_id("shown-by")
     assert link.inner_text().startswith("step 40 group ")
