@@ -68,14 +68,14 @@ def _kl_without_reward(run: History, limits: Limits) -> Seen | None:
         return None
     if not kl.rises or solved(run, limits) or held_out_rose(run, limits, slow(run, "reward")):
         return None
-    # A KL that only swings has been there before.
-    if kl.last < own["height"] * highest(run, "kl", slow(run, "reward") // 3):
-        return None
     reward = run.trend("reward", slow(run, "reward"))
     if reward is None or reward.change > own["noise"] * reward.noise:
         return None
     # Where prompts differ that much from step to step, a rise would not be seen either.
     if reward.noise > own["blind"] * run.mean("reward_std", WINDOW):
+        return None
+    # A KL that only swings has been there before; asked last, because it reads the whole run.
+    if kl.last < own["height"] * highest(run, "kl", slow(run, "reward") // 3):
         return None
     return Seen(
         "error" if reward.falls else "warning",

@@ -237,6 +237,40 @@ def test_a_dip_of_the_training_reward_with_a_held_out_one_that_holds_is_no_fall(
     assert "R8" in watch(stale, options).alarms
 
 
+def limits_with(rule: str, **values: float) -> dict:
+    return LIMITS | {rule: LIMITS[rule] | values}
+
+
+def test_kl_without_reward_is_told_when_it_has_lasted_for_three_rows():
+    rows, options = sick(named("KL rises, reward stands still"), 0)
+    at_once = diagnose(rows, options, limits=limits_with("R4", rows=1)).alarms["R4"]
+    assert diagnose(rows, options).alarms["R4"] >= at_once + 2
+    cut = [row for row in rows if row["step"] <= at_once + 1]
+    assert "R4" not in diagnose(cut, options).alarms
+
+
+def test_a_kl_that_has_been_as_high_before_is_no_rise():
+    rows, options = sick(named("KL rises, reward stands still"), 0)
+    assert "R4" in diagnose(rows, options).alarms
+    top = max(row["kl"] for row in rows if "kl" in row)
+    swung = [row | ({"kl": 1.1 * top} if 5 <= row["step"] < 35 else {}) for row in rows]
+    assert "R4" in diagnose(swung, options, limits=limits_with("R4", height=0.0)).alarms
+    assert "R4" not in diagnose(swung, options).alarms
+
+
+def test_entropy_that_comes_back_from_a_rise_has_not_collapsed():
+    rows = [
+        row | {"reward": 0.5 + 0.03 * math.sin(2.4 * row["step"]), "entropy": 0.5}
+        for row in healthy(0)[1:]
+    ]
+    for row in rows[60:75]:
+        row["entropy"] = 0.9
+    assert "R8" not in diagnose(rows, CONFIG).alarms
+    for row in rows[75:]:
+        row["entropy"] = 0.3
+    assert "R8" in diagnose(rows, CONFIG).alarms
+
+
 def test_a_part_that_is_meant_for_some_prompts_only_is_no_alarm():
     rows = [row | {"rewards/answer/unscored_frac": 0.5} for row in healthy(0)]
     assert watch(rows, CONFIG).alarms == {}
