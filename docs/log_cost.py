@@ -124,14 +124,18 @@ def measure(
     return [f"{prompts * size * length:,}", *times, *shares]
 
 
+def print_row(*cells: str) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     names = ("update", "log here", "log all", "not kept", "here", "all", "not kept")
-    print("| model | tokens |", " | ".join(f"{name} ms" for name in names[:4]), end=" | ")
-    print(" | ".join(f"{name} / update" for name in names[4:]), "|")
-    print("| --- |" + " --- |" * 8)
+    times, shares = (f"{name} ms" for name in names[:4]), (f"{name} / update" for name in names[4:])
+    print_row("model", "tokens", *times, *shares)
+    print_row(*["---"] * 9)
     for name, *case in CASES:
-        print(f"| {name} |", " | ".join(measure(*case)), "|", flush=True)
+        print_row(name, *measure(*case))
 
 
 if __name__ == "__main__":
