@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 # Puts TRL onto the path.
 from grpo_bench.hosts import PEERS  # noqa: F401
+from grpo_fast.integrations.trl import GRPOTrainer as Ours
 from grpo_fast.integrations.trl_callback import RunLogCallback
 from grpo_fast.integrations.trl_tokens import StepWatch
 from grpo_fast.tiny import save_tiny, tiny_tokenizer
@@ -37,6 +38,7 @@ GROUP = 8
 PROMPTS = {"prompt": ["12+34=", "ab", "abcdefgh", "x"] * 16}
 ADDED = {
     StepWatch: ("_generate", "_logprobs", "_compute", "begin_step", "end_step"),
+    Ours: ("_told",),
     RunLogCallback: ("on_log", "on_step_begin", "on_step_end"),
     TokenLog: ("_put",),
 }
@@ -112,9 +114,9 @@ class EachStep(TrainerCallback):
         self._callback._run.tokens.flush()
         now, taken = 1e3 * time.process_time(), self._meter.taken()
         if self._since is not None:
-            here, rest, worker = taken.values()
+            *here, rest, worker = taken.values()
             update = now - self._since - sum(taken.values())
-            self._found.append(Step(state.global_step % 2 == 0, update, here, worker, rest))
+            self._found.append(Step(state.global_step % 2 == 0, update, sum(here), worker, rest))
         self._since = now
 
 
@@ -143,8 +145,6 @@ def trainer_of(depth: str, folder: Path, batch: int, micro: int, length: int, st
 
     kind = GRPOTrainer
     if depth != "TRL":
-        from grpo_fast.integrations.trl import GRPOTrainer as Ours
-
         kind = type("GRPOTrainer", (Ours,), {"depth": depth})
     config = GRPOConfig(
         output_dir=str(folder / "trl"),

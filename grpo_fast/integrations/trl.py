@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ..errors import ConfigError, InputError
 from ..loss_config import LossConfig
 from ..model import check_head, head, hidden_states
 from ..ops import linear_grpo_loss
-from ..outputs import LossOutput, StepOutput
+from ..outputs import StepTokens, TokenOutput
 from ..step import group_measures, grpo_backward
 from . import trl_head
 from .gradients import average_gradients, delivered, whole_or_none, zero_gradients
@@ -238,7 +239,8 @@ class GRPOTrainer(Host):
             entropy_denominator=denominators.entropy,
             config=dataclasses.replace(config, skip_zero_advantage=False),
         )
-        return output.loss, self._of_tokens(output)
+        made = {"logprobs": output.logprobs, "entropy": output.entropy}
+        return output.loss, made | self._told(output.tokens, lambda values: values)
 
     def _packed(self, model, inputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The same from packed rows, the gradient delivered; None for the loss of one of several
@@ -296,17 +298,15 @@ class GRPOTrainer(Host):
                     values[place] = value
         if not output.metrics["batch/microbatches_per_step"]:
             zero_gradients(model)
-        like = inputs["completion_ids"]
-        made = {name: spread(x, rows, like) for name, x in self._of_tokens(output).items()}
-        return delivered(output.loss), made
+        place = functools.partial(spread, rows=rows, like=inputs["completion_ids"])
+        made = {"logprobs": place(output.logprobs), "entropy": place(output.entropy)}
+        return delivered(output.loss), made | self._told(output.tokens, place)
 
-    def _of_tokens(self, output: LossOutput | StepOutput) -> dict[str, Tensor | list[Tensor]]:
-        """What an output says of each token; more than TRL asks for where somebody watches."""
-        made = {"logprobs": output.logprobs, "entropy": output.entropy}
-        if self.watched:
-            names = ("ratio", "kl", "gradient_mass")
-            made |= {name: getattr(output.tokens, name) for name in names}
-        return {name: values for name, values in made.items() if values is not None}
+    def _told(self, tokens: TokenOutput | StepTokens, place: Callable) -> dict[str, Tensor]:
+        """What TRL does not ask for: of each token, [B, C] by `place`, where somebody watches."""
+        names = ("ratio", "kl", "gradient_mass", "slope") if self.watched else ()
+        found = {name: getattr(tokens, name) for name in names}
+        return {name: place(values) for name, values in found.items() if values is not None}
 
     def _chunking(self) -> str:
         """Reentrant checkpointing keeps no graph for the gradient of a prompt that waits."""

@@ -22,7 +22,7 @@ from ..token_choice import MOST_COMPLETIONS, chosen_groups, evenly, kept_in_word
 from ..token_columns import StepColumns, push_table
 from ..token_log import TokenLog
 from ..token_step import distances, kl_metrics, loss_values
-from .trl_columns import PLACES, MicroBatch, Row, columns_of
+from .trl_columns import PLACES, MicroBatch, Row, columns_of, metric_columns
 from .trl_loss import step_loss
 from .trl_versions import counts_padding, host
 
@@ -99,16 +99,17 @@ class StepWatch:
         batches, self._batches = self._batches, []
         if self._cannot_be_told(batches):
             return {}
-        columns, rows = columns_of(batches, self._tokenizer.pad_token_id)
+        # Of several iterations on a generation the last one: in the first every ratio is 1.
+        last = self._iteration == self._trainer.num_iterations - 1 or step >= self._log.max_steps
+        kept, pad = last and self._log.due(step), self._tokenizer.pad_token_id
+        columns, rows = columns_of(batches, pad) if kept else (metric_columns(batches, pad), [])
         metrics, known = kl_metrics(columns), {}
         if not np.isnan(columns.slope).any():
             push = push_table(columns, self._eos)
             metrics |= {} if push["eos"] is None else {"push/eos": push["eos"]}
             known["push"] = push
-        # Of several iterations on a generation the last one: in the first every ratio is 1.
-        last = self._iteration == self._trainer.num_iterations - 1 or step >= self._log.max_steps
-        if last and self._log.due(step):
-            meta, arrays = self._kept(columns, rows, step)
+        if kept:
+            meta, arrays = self._kept(columns, rows, batches, step)
             meta |= self._meta(batches, columns) | known
             text_of_id = functools.partial(token_text, self._tokenizer)
             self._log.write(step, meta, arrays, text_of_id)
@@ -174,7 +175,11 @@ class StepWatch:
         return reason is not None
 
     def _kept(
-        self, columns: StepColumns, rows: Sequence[Row], step: int
+        self,
+        columns: StepColumns,
+        rows: Sequence[Row],
+        batches: Sequence[MicroBatch],
+        step: int,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(`kept` and `groups` of the meta, the columns of what is kept)."""
         size, least = self._trainer.num_generations, rows[0].generation
@@ -208,7 +213,7 @@ class StepWatch:
                 {
                     "index": (generation - least) * in_generation + number,
                     "prompt": self._generations[generation].prompts[number * size],
-                    "prompt_ids": latest[0].prompt_ids,
+                    "prompt_ids": batches[latest[0].batch].prompt_ids(latest[0].number),
                     "chosen_by": why,
                     "size": size,
                     "rewards": totals[g],

@@ -20,10 +20,14 @@ from trl_training import (
 )
 
 from grpo_fast.errors import ConfigError
+from grpo_fast.integrations import trl_tokens
+from grpo_fast.integrations.trl_columns import columns_of, metric_columns
 from grpo_fast.integrations.trl_tokens import HOOKED
 from grpo_fast.records import open_records
 from grpo_fast.report import report_page
 from grpo_fast.tiny import tiny_model
+from grpo_fast.token_columns import push_table
+from grpo_fast.token_step import kl_metrics
 
 pytestmark = MARKS
 MICRO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "epsilon": 0.05}
@@ -191,6 +195,55 @@ def test_stored_tokens_are_an_eager_recomputation(model, tmp_path, monkeypatch, 
             assert case == "groups over two steps"
             assert "of this optimizer step" in step.meta["kept"]
     assert "xray-data" in report_page(records)
+
+
+@pytest.mark.parametrize(
+    "case", ["two iterations", "sequences", "a mean of the micro-batch", "dead"]
+)
+@pytest.mark.parametrize("kind", ["packed", "fused"])
+def test_what_the_loss_gives_is_what_follows_from_its_log_probs(
+    model, tmp_path, monkeypatch, kind, case
+):
+    seen = []
+
+    def spied(batches, pad):
+        seen.append((batches, pad))
+        return columns_of(batches, pad)
+
+    def half(completion_ids, prompts, **columns):
+        """The same for all of a group where the prompt is short: without KL not forwarded."""
+        parts = zip(prompts, completion_ids, strict=True)
+        return [float(len(prompt) > 1 and ids[0] % 2) for prompt, ids in parts]
+
+    monkeypatch.setattr(trl_tokens, "columns_of", spied)
+    dead = {"reward": (half,), "beta": 0.0, "num_iterations": 2, "max_steps": 4}
+    options = MICRO | dead if case == "dead" else CASES[case]
+    recorded(model, tmp_path / "run", kind_of(kind, monkeypatch), **options)
+    left_out, steepest = 0, 0.0
+    for batches, pad in seen:
+        assert all("slope" in batch.made for batch in batches)
+        given, rows = columns_of(batches, pad)
+        bare = [batch._replace(made={}) for batch in batches]
+        follows, others = columns_of(bare, pad)
+        left_out += sum(int(batch.made["ratio"].isnan().sum()) for batch in batches)
+        # Two ways to one float32: a few roundings of numbers of order 1.
+        near = {"rtol": 2e-6, "atol": 1e-8}
+        np.testing.assert_allclose(given.slope, follows.slope, **near)
+        for name, values in given.arrays.items():
+            if name != "gradient_mass":
+                np.testing.assert_allclose(values, follows.arrays[name], **near, err_msg=name)
+        live = given.arrays["mask"]
+        assert np.isfinite(given.arrays["gradient_mass"][live]).all()
+        assert ((given.arrays["gradient_mass"] > 0) == (given.slope != 0))[live].all()
+        assert rows == others
+        steepest = max(steepest, np.abs(given.slope).max())
+        for one in (batches, bare):
+            less = metric_columns(one, pad)
+            assert kl_metrics(less) == pytest.approx(kl_metrics(given), rel=1e-6)
+            push = push_table(less, [1])["eos"]
+            assert push == pytest.approx(push_table(given, [1])["eos"], rel=1e-5, abs=1e-9)
+    assert steepest > 0.001
+    assert (left_out > 0) == (case == "dead" and kind == "packed")
 
 
 @pytest.mark.parametrize("kind", ["TRL", "packed", "fused"])
