@@ -5,6 +5,7 @@ Shapes: `B` rows, `P` and `C` padded length of prompts and completions.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,14 @@ def spread(values: Sequence[Tensor], rows: Sequence[int], like: Tensor) -> Tenso
     """One tensor a completion, in group order -> [B, C], 0 where padded; float32 or wider."""
     dtype = values[0].dtype if values else torch.float32
     whole = torch.zeros(like.shape, dtype=dtype, device=like.device)
-    for row, tensor in zip(rows, values, strict=True):
-        whole[row, : len(tensor)] = tensor
+    if not values:
+        return whole
+    lengths = np.array([len(tensor) for tensor in values])
+    ends = lengths.cumsum()
+    # One copy for all of them, in place of one a row.
+    firsts = np.array(rows) * like.shape[1] - (ends - lengths)
+    places = torch.from_numpy(np.repeat(firsts, lengths) + np.arange(ends[-1]))
+    whole.view(-1)[places.to(like.device)] = torch.cat([*values])
     return whole
 
 
