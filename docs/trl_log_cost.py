@@ -29,9 +29,9 @@ from grpo_fast.token_log import TokenLog
 # (name, what of the tiny model is changed, completions of a step, of a micro-batch, their tokens,
 # steps)
 CASES = (
-    ("25k parameters, a tiny step", {}, 8, 8, 8, 40),
-    ("4 layers x 128", WIDE, 64, 16, 128, 12),
-    ("4 layers x 128, a long step", WIDE, 256, 32, 128, 10),
+    ("25k parameters, 8 completions of 8 tokens", {}, 8, 8, 8, 40),
+    ("4 layers x 128, 64 completions", WIDE, 64, 16, 128, 12),
+    ("4 layers x 128, 256 completions", WIDE, 256, 32, 128, 10),
 )
 DEPTHS = ("TRL", "packed", "fused")
 GROUP = 8
@@ -61,10 +61,17 @@ class Meter:
         self.spent = dict.fromkeys(ADDED, 0.0)
         self._inside = 0.0
 
-    def install(self) -> None:
-        for kind, names in ADDED.items():
-            for name in names:
-                setattr(kind, name, self._timed(kind, getattr(kind, name)))
+    def __enter__(self) -> "Meter":
+        self._before = [(kind, name, getattr(kind, name)) for kind in ADDED for name in ADDED[kind]]
+        for kind, name, method in self._before:
+            setattr(kind, name, self._timed(kind, method))
+        self._due, TokenLog.due = TokenLog.due, every_second
+        return self
+
+    def __exit__(self, *_) -> None:
+        for kind, name, method in self._before:
+            setattr(kind, name, method)
+        TokenLog.due = self._due
 
     def _timed(self, kind: type, method: Callable) -> Callable:
         if kind is TokenLog:
@@ -214,16 +221,14 @@ def every_second(log: TokenLog, step: int) -> bool:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    meter = Meter()
-    meter.install()
-    TokenLog.due = every_second
     names = ("here", "all", "not kept", "rest")
     print_row("model", "tokens", "loss", "step ms", *(f"{name} ms" for name in names), *names)
     print_row(*["---"] * 12)
-    for name, changes, batch, micro, length, steps in CASES:
-        for depth in DEPTHS:
-            found = measure(meter, depth, changes, batch, micro, length, steps)
-            print_row(name, f"{batch * length:,}", depth, *cells(found))
+    with Meter() as meter:
+        for name, changes, batch, micro, length, steps in CASES:
+            for depth in DEPTHS:
+                found = measure(meter, depth, changes, batch, micro, length, steps)
+                print_row(name, f"{batch * length:,}", depth, *cells(found))
 
 
 if __name__ == "__main__":
