@@ -179,6 +179,7 @@ ADAPTERS = {
         "loss_config",
         "policy_terms",
         "token_columns",
+        "tokens",
         "torch_segments",
     },
     "trl_callback": LEAVES | {"doctor", "import_lines", "report", "runlog"},

@@ -5,7 +5,6 @@ Shapes: `B` rows, `P` and `C` padded length of prompts and completions.
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,11 +59,11 @@ def spread(values: Sequence[Tensor], rows: Sequence[int], like: Tensor) -> Tenso
     whole = torch.zeros(like.shape, dtype=dtype, device=like.device)
     if not values:
         return whole
-    lengths = np.array([len(tensor) for tensor in values])
-    ends = lengths.cumsum()
+    lengths = torch.tensor([len(tensor) for tensor in values])
+    ends = lengths.cumsum(0)
     # One copy for all of them, in place of one a row.
-    firsts = np.array(rows) * like.shape[1] - (ends - lengths)
-    places = torch.from_numpy(np.repeat(firsts, lengths) + np.arange(ends[-1]))
+    firsts = torch.tensor(rows) * like.shape[1] - (ends - lengths)
+    places = firsts.repeat_interleave(lengths) + torch.arange(int(ends[-1]))
     whole.view(-1)[places.to(like.device)] = torch.cat([*values])
     return whole
 
