@@ -3,6 +3,7 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
+import bisect
 import math
 import statistics
 
@@ -333,10 +334,10 @@ def told_apart(run: History) -> bool:
         return False
     # The evaluation before the first step is of the same function, unless it changed since.
     first = run.identical < len(rewards)
-    since = rewards.steps[-run.identical] if first else -math.inf
+    start = bisect.bisect_left(evals.steps, rewards.steps[-run.identical]) if first else 0
+    others = evals.values[start:]
     value = run.value("reward")
-    pairs = zip(evals.steps, evals.values, strict=True)
-    return any(step >= since and abs(other - value) > 1e-6 for step, other in pairs)
+    return bool(others) and max(max(others) - value, value - min(others)) > 1e-6
 
 
 def part_lost(run: History, limits: Limits) -> Seen | None:

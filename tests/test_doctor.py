@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -294,11 +295,16 @@ def test_steps_are_those_of_the_severity_that_is_named():
     assert found.steps[-1] == rows[-1]["step"]
 
 
-def test_a_step_costs_less_than_a_millisecond():
-    rows = healthy(0, 2000)
-    started = time.process_time()
-    diagnose(rows, CONFIG)
-    assert (time.process_time() - started) / len(rows) < 1e-3
+def test_a_late_step_costs_what_an_early_one_does():
+    """As a ratio, because machines differ: 1 to 1.7, and 6 with one rule that looks back on the
+    whole run."""
+    rows, doctor, seconds = healthy(0, 30_000), Doctor(CONFIG), []
+    for start in range(0, len(rows), 100):
+        started = time.process_time()
+        for row in rows[start : start + 100]:
+            doctor.feed(row)
+        seconds.append(time.process_time() - started)
+    assert statistics.median(seconds[-20:]) < 3 * statistics.median(seconds[5:25])
 
 
 def test_docs_have_the_rules_limits_and_the_measured_matrix():
