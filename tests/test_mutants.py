@@ -543,8 +543,9 @@ MUTANTS = [
 
 
 def load_tests(op: str) -> ModuleType:
-    """The test file of an op, whose check and cases are used as they are."""
-    spec = importlib.util.spec_from_file_location(f"checks_of_{op}", TESTS / f"test_{op}.py")
+    """The file with an op's check and cases, which are used as they are."""
+    file = {POLICY: "policy_loss_cases"}.get(op, f"test_{op}")
+    spec = importlib.util.spec_from_file_location(f"checks_of_{op}", TESTS / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
     sys.modules[spec.name] = module
