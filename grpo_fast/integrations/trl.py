@@ -297,7 +297,11 @@ class GRPOTrainer(Host):
         if not output.metrics["batch/microbatches_per_step"]:
             zero_gradients(model)
         like = inputs["completion_ids"]
-        made = {name: spread(x, rows, like) for name, x in self._of_tokens(output).items()}
+        lengths = output.tokens.lengths
+        made = {
+            name: spread(x if isinstance(x, list) else x.split(lengths), rows, like)
+            for name, x in self._of_tokens(output).items()
+        }
         return delivered(output.loss), made
 
     def _of_tokens(self, output: LossOutput | StepOutput) -> dict[str, Tensor | list[Tensor]]:
