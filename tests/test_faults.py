@@ -47,6 +47,7 @@ def test_the_list_has_a_line_for_each_fault(capsys, arguments):
 def test_the_help_has_options_and_faults(capsys):
     assert main(["demo", "--help"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("usage: grpo-fast demo [--fault NAME]")
     assert "--group-size" in text
     assert "group-too-small" in text
 
