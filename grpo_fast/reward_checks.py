@@ -8,6 +8,7 @@ import math
 import statistics
 
 from .history import (
+    SEVERITIES,
     SLOW_LEAST,
     WINDOW,
     History,
@@ -107,14 +108,15 @@ def length_drift(run: History, limits: Limits) -> Seen | None:
             "ending at once is the safest answer under this reward",
             "make it pay for the answer, not for the end",
         )
-    return end_pushed_down(run, limits) or paid_for_length(run, limits)
+    seen = [s for s in (end_pushed_down(run, limits), paid_for_length(run, limits)) if s]
+    return max(seen, key=lambda s: SEVERITIES.index(s.severity), default=None)
 
 
 def end_pushed_down(run: History, limits: Limits) -> Seen | None:
     """Every step makes the end of a completion less likely, and they do get longer."""
     own, rows = limits["R10"], int(limits["R10"]["push_rows"])
     pushes = run.series.get("push/eos")
-    if "push/eos" not in run.here or len(pushes) < SLOW_LEAST or max(pushes.values[-rows:]) >= 0:
+    if "push/eos" not in run.here or len(pushes) < rows or max(pushes.values[-rows:]) >= 0:
         return None
     lengths = run.series["completions/mean_length"]
     before = lengths.around(pushes.steps[-rows], 3)

@@ -178,6 +178,14 @@ def test_an_end_pushed_down_by_a_reward_that_rises_is_no_alarm():
     assert doctor.findings["R10"].seen.evidence.endswith("since the start")
 
 
+def test_an_end_pushed_down_does_not_hide_what_pays_for_length():
+    rows, options = sick(next(f for f in FAULTS if f.name == "padding for reward"), 0)
+    alone = diagnose(rows, options).findings["R10"]
+    both = diagnose([row | {"push/eos": -1e-3} for row in rows], options).findings["R10"]
+    assert (both.severity, both.seen.evidence) == (alone.severity, alone.seen.evidence)
+    assert both.severity == "warning"
+
+
 def test_amplification_is_that_of_the_groups_that_teach():
     """One wide group does not hide 31 tiny ones, and eps bounds what a tiny std is blown up to."""
     rows = [
