@@ -37,7 +37,7 @@ LIMITS |= {"drop-in": 300}
 LIMITS |= {"I24": 300, "I80": 300, "I139": 300, "J": 400}
 TESTS = (
     "tests/kernels",
-    "tests/test_ops.py",
+    "tests/ops",
     "tests/test_attention_gpu.py",
     "tests/test_families.py::test_in_the_dtypes_of_training_a_step_is_as_exact_as_the_loop",
 )

@@ -130,18 +130,27 @@ def pack(folder: Path) -> None:
     RUNS.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
 
 
+def recorded() -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """(name, seed, rows) of the runs that are kept."""
+    for name, seeds in json.loads(gzip.decompress(RUNS.read_bytes())).items():
+        for seed, columns in seeds.items():
+            yield (
+                name,
+                int(seed),
+                [
+                    {k: v for k, v in zip(columns, values, strict=True) if v is not None}
+                    for values in zip(*columns.values(), strict=True)
+                ],
+            )
+
+
 def outcomes() -> list[Outcome]:
     """What the rules say today of the recorded runs."""
     found = []
-    for name, seeds in json.loads(gzip.decompress(RUNS.read_bytes())).items():
-        for seed, columns in seeds.items():
-            rows = [
-                {k: v for k, v in zip(columns, values, strict=True) if v is not None}
-                for values in zip(*columns.values(), strict=True)
-            ]
-            alarms = diagnose(rows, options(name, int(seed))).alarms
-            alarms = {rule: step for rule, step in alarms.items() if rule not in NOT_ASKED}
-            found.append(Outcome(name, int(seed), alarms))
+    for name, seed, rows in recorded():
+        alarms = diagnose(rows, options(name, seed)).alarms
+        alarms = {rule: step for rule, step in alarms.items() if rule not in NOT_ASKED}
+        found.append(Outcome(name, seed, alarms))
     return found
 
 

@@ -111,7 +111,7 @@ def demo_command(arguments: Sequence[str]) -> int:
     name, flags = split_fault(arguments)
     flags = ["--config", str(folder / "demo.yaml"), *flags]
     if {"-h", "--help"} & set(arguments):
-        _print_train_help(flags)
+        _print_train_help(flags, "demo [--fault NAME]")
     if name == "list" or {"-h", "--help"} & set(arguments):
         print(listed(read_faults(folder)))
         return 0
@@ -357,7 +357,7 @@ def _partial(tyro: Any, values: dict[str, Any]) -> TrainConfig:
     return fill(TrainConfig, values | {"loss": fill(LossConfig, values.get("loss", {}))})
 
 
-def _print_train_help(arguments: Sequence[str]) -> None:
+def _print_train_help(arguments: Sequence[str], command: str = "train") -> None:
     """Every field with its docstring and default; defaults are the file's where one is given."""
     values, _ = _split_config([item for item in arguments if item not in ("-h", "--help")])
     tyro = _import_tyro()
@@ -371,7 +371,7 @@ def _print_train_help(arguments: Sequence[str]) -> None:
             TrainConfig,
             args=["--help"],
             default=_partial(tyro, values),
-            prog=f"{_PROGRAM} train",
+            prog=f"{_PROGRAM} {command}",
             description=about,
         )
 

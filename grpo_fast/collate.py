@@ -5,7 +5,9 @@ Shapes: `T` tokens of the row, `N` completion tokens in the loss, `S` completion
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +54,42 @@ class Row:
         """[N] -> each completion's own."""
         lengths = torch.diff(self.cu_seqlens).tolist()
         return zip(self.members, per_token.split(lengths), strict=True)
+
+
+class GroupOrder(NamedTuple):
+    """Where the tokens of a step lie in its rows, completion after completion in group order."""
+
+    index: Tensor
+    """[T] into the tokens of all rows, behind which lie those of a masked and of a dead one."""
+    lengths: list[int]
+    """Tokens of each completion."""
+    rows: list[int]
+    """Of each completion; -1 where not forwarded."""
+
+    def of(self, values: Sequence[Tensor], *, dead: float = torch.nan) -> Tensor:
+        """[N] of each row -> [T]; 0 in completions that are masked, `dead` where not forwarded."""
+        dtype = values[0].dtype if values else torch.float32
+        left_out = torch.tensor([0.0, dead], dtype=dtype, device=self.index.device)
+        return torch.cat([*values, left_out])[self.index]
+
+
+def group_order(
+    groups: Sequence[Group], rows: Sequence[Row], dead: Sequence[Member], device: torch.device
+) -> GroupOrder:
+    """The order in which tokens of `rows` are the groups' own; what is in no row is masked, where
+    it is not `dead`."""
+    firsts = np.cumsum([0, *(len(group.completion_ids) for group in groups)])
+    lengths = np.array([len(ids) for group in groups for ids in group.completion_ids], np.int64)
+    begins, row_of, at = np.empty_like(lengths), np.full_like(lengths, -1), 0
+    for number, row in enumerate(rows):
+        here = [firsts[g] + k for g, k in row.members]
+        ends = at + np.cumsum(lengths[here])
+        begins[here], row_of[here], at = ends - lengths[here], number, ends[-1]
+    begins[row_of < 0] = at
+    begins[[firsts[g] + k for g, k in dead]] = at + 1
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = np.repeat(begins, lengths) + np.where(np.repeat(row_of >= 0, lengths), within, 0)
+    return GroupOrder(torch.from_numpy(index).to(device), lengths.tolist(), row_of.tolist())
 
 
 class _Builder:

@@ -166,11 +166,12 @@ def as_text(doctor: Doctor, run: Path, notes: Sequence[str]) -> str:
     """Findings worst first, then what is well, then what could not be looked at."""
     states = [doctor.status(rule) for rule in RULES]
     counted = [f"{states.count(name)} {name}" for name in ("error", "warning", "info", "ok")]
-    head = f"{run}: {doctor.rows} rows to step {doctor.run.step} | {', '.join(counted)}"
+    rows = f"{doctor.rows} row{'s' * (doctor.rows != 1)}"
+    head = f"{run}: {rows} to step {doctor.run.step} | {', '.join(counted)}"
     lines = [f"{head}, {states.count('skipped')} skipped", *(f"note: {note}" for note in notes)]
     for found in doctor.ranked():
         lines += ["", f"{found.severity.upper():<8} {found.rule.id:<4} {found.rule.name}"]
-        lines += _field("seen", f"{found.where} ({len(found.steps)} of {doctor.rows} rows)")
+        lines += _field("seen", f"{found.where} ({len(found.steps)} of {rows})")
         lines += _field("evidence", found.seen.evidence)
         lines += _field("cause", found.cause)
         lines += _field("change", found.change)

@@ -60,11 +60,12 @@ class Trend(NamedTuple):
 class Series:
     """The finite values of one metric, in order."""
 
-    __slots__ = ("_squares", "_sums", "steps", "values")
+    __slots__ = ("_squares", "_sums", "highest", "steps", "values")
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
+        self.highest = -math.inf
         self._sums, self._squares = [0.0], [0.0]
 
     def __len__(self) -> int:
@@ -73,6 +74,7 @@ class Series:
     def append(self, step: int, value: float) -> None:
         self.steps.append(step)
         self.values.append(value)
+        self.highest = max(self.highest, value)
         sums, squares = self._sums, self._squares
         sums.append(sums[-1] + value)
         squares.append(squares[-1] + value * value)

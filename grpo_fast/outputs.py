@@ -75,17 +75,21 @@ class LogProbOutput(_LogProbFields):
 
 
 class StepTokens(NamedTuple):
-    """What the loss made of each token: one tensor a completion, in group order; 0 where masked,
-    NaN for completions that were not forwarded."""
+    """Per token of a step: [T], completion after completion in group order; 0 where masked, NaN for
+    completions that were not forwarded. `ratio.split(lengths)` is one tensor a completion."""
 
-    ratio: list[Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+    ratio: Tensor
     """At the level of the config."""
-    kl: list[Tensor] | None
+    kl: Tensor | None
     """To the reference, by the config's estimator; None without one."""
-    gradient_mass: list[Tensor]
+    gradient_mass: Tensor
     """`TokenOutput.gradient_mass`."""
-    slope: list[Tensor]
+    slope: Tensor
     """`TokenOutput.slope`; 0 where not forwarded."""
+    lengths: list[int]
+    """Tokens of each completion."""
     rows: list[int]
     """The packed row of each completion, which quantiles are of; -1 where not forwarded."""
     denominator: float | Tensor

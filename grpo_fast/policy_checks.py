@@ -320,7 +320,7 @@ def still(run: History, own: Mapping[str, float]) -> Seen | None:
     kl, dead = run.series.get("kl"), run.mean("frac_reward_zero_std", count, least=count)
     if "kl" not in run.here or len(kl) < count or not dead < 0.9:
         return None
-    far = max(kl.values)
+    far = kl.highest
     if not far < own["still"]:
         return None
     return Seen(

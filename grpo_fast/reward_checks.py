@@ -3,10 +3,12 @@
 Each is a function of the run so far and the limits: what it sees now, or None.
 """
 
+import bisect
 import math
 import statistics
 
 from .history import (
+    SEVERITIES,
     SLOW_LEAST,
     WINDOW,
     History,
@@ -106,14 +108,15 @@ def length_drift(run: History, limits: Limits) -> Seen | None:
             "ending at once is the safest answer under this reward",
             "make it pay for the answer, not for the end",
         )
-    return end_pushed_down(run, limits) or paid_for_length(run, limits)
+    seen = [s for s in (end_pushed_down(run, limits), paid_for_length(run, limits)) if s]
+    return max(seen, key=lambda s: SEVERITIES.index(s.severity), default=None)
 
 
 def end_pushed_down(run: History, limits: Limits) -> Seen | None:
     """Every step makes the end of a completion less likely, and they do get longer."""
     own, rows = limits["R10"], int(limits["R10"]["push_rows"])
     pushes = run.series.get("push/eos")
-    if "push/eos" not in run.here or len(pushes) < SLOW_LEAST or max(pushes.values[-rows:]) >= 0:
+    if "push/eos" not in run.here or len(pushes) < rows or max(pushes.values[-rows:]) >= 0:
         return None
     lengths = run.series["completions/mean_length"]
     before = lengths.around(pushes.steps[-rows], 3)
@@ -333,10 +336,10 @@ def told_apart(run: History) -> bool:
         return False
     # The evaluation before the first step is of the same function, unless it changed since.
     first = run.identical < len(rewards)
-    since = rewards.steps[-run.identical] if first else -math.inf
+    start = bisect.bisect_left(evals.steps, rewards.steps[-run.identical]) if first else 0
+    others = evals.values[start:]
     value = run.value("reward")
-    pairs = zip(evals.steps, evals.values, strict=True)
-    return any(step >= since and abs(other - value) > 1e-6 for step, other in pairs)
+    return bool(others) and max(max(others) - value, value - min(others)) > 1e-6
 
 
 def part_lost(run: History, limits: Limits) -> Seen | None:

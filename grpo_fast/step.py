@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .activation_checkpointing import checkpointing_layers
 from .attention import using_packed_attention, window_of
-from .collate import Row
+from .collate import GroupOrder, Row, group_order
 from .config import Checkpointing, Chunking, Sharing
 from .errors import InputError
 from .forward import forwarded
-from .groups import Group, Member, members
+from .groups import Group
 from .loss_config import LossConfig
 from .memory import estimated_need, fastest_mode
 from .model import Head, head
@@ -76,9 +76,9 @@ def grpo_backward(
         chunking=chunking,
         window=window_of(model),
     )
-    tokens = group_tokens(groups)
+    live = group_tokens(groups)
     if denominator is None or entropy_denominator is None:
-        known = step_denominators(groups, tokens, loss)
+        known = step_denominators(groups, live, loss)
         denominator = known[0] if denominator is None else denominator
         entropy_denominator = known[1] if entropy_denominator is None else entropy_denominator
     denominators = (denominator, entropy_denominator)
@@ -94,7 +94,7 @@ def grpo_backward(
     if mode == "auto":
         mode = fastest_mode(device, partial(estimated_need, model), packing.longest)
     with using_packed_attention(model), checkpointing_layers(model, mode):
-        for row, states in forwarded(model, groups, packing, tokens, device, attention):
+        for row, states in forwarded(model, groups, packing, live, device, attention):
             output = _row_loss(states, layer, row, loss, denominators, impl)
             output.loss.backward()
             total += output.loss.detach()
@@ -105,36 +105,38 @@ def grpo_backward(
             made.append(output.tokens)
             parts.append(output.metrics)
             del output, states
+    order = group_order(groups, rows, packing.dead, device)
+    tokens = _step_tokens(order, logprobs, entropies, made, denominator)
     output = StepOutput(
         total,
-        per_completion(groups, packing, rows, logprobs, device),
-        per_completion(groups, packing, rows, entropies, device),
+        list(tokens.logprobs.split(order.lengths)),
+        list(tokens.entropy.split(order.lengths)),
         merge_metrics(parts) | step_metrics(groups, packing, parts, token_budget, device),
     )
-    output.tokens = _step_tokens(groups, packing, rows, made, denominator, device)
+    output.tokens = tokens
     return output
 
 
 def _step_tokens(
-    groups: Sequence[Group],
-    packing: Packing,
-    rows: Sequence[Row],
+    order: GroupOrder,
+    logprobs: Sequence[Tensor],
+    entropies: Sequence[Tensor],
     made: Sequence[TokenOutput],
     denominator: float | Tensor,
-    device: torch.device,
 ) -> StepTokens:
-    def each(name: str, dead: float = torch.nan) -> list[Tensor]:
-        values = [getattr(tokens, name) for tokens in made]
-        return per_completion(groups, packing, rows, values, device, dead=dead)
+    def each(name: str, dead: float = torch.nan) -> Tensor:
+        return order.of([getattr(tokens, name) for tokens in made], dead=dead)
 
     measured = any(tokens.kl is not None for tokens in made)
-    row_of = {member: number for number, row in enumerate(rows) for member in row.members}
     return StepTokens(
+        logprobs=order.of(logprobs),
+        entropy=order.of(entropies),
         ratio=each("ratio"),
         kl=each("kl") if measured else None,
         gradient_mass=each("gradient_mass"),
         slope=each("slope", dead=0.0),
-        rows=[row_of.get(member, -1) for member in members(groups)],
+        lengths=order.lengths,
+        rows=order.rows,
         denominator=denominator,
     )
 
@@ -244,8 +246,12 @@ def group_measures(
             rows.append(row)
             logprobs.append(output.logprobs)
             entropies.append(output.entropy)
-    entropy = per_completion(groups, packing, rows, entropies, device) if return_entropy else None
-    return GroupMeasures(per_completion(groups, packing, rows, logprobs, device), entropy)
+    order = group_order(groups, rows, packing.dead, device)
+
+    def each(values: Sequence[Tensor]) -> list[Tensor]:
+        return list(order.of(values).split(order.lengths))
+
+    return GroupMeasures(each(logprobs), each(entropies) if return_entropy else None)
 
 
 def group_tokens(groups: Sequence[Group]) -> list[int]:
@@ -275,26 +281,6 @@ def step_denominators(
             )
         return max(sequences * loss.max_completion_length, 1), acting
     return max(sequences, 1), acting
-
-
-def per_completion(
-    groups: Sequence[Group],
-    packing: Packing,
-    rows: Sequence[Row],
-    values: Sequence[Tensor],
-    device: torch.device,
-    *,
-    dead: float = torch.nan,
-) -> list[Tensor]:
-    """[N] of each row -> one tensor a completion, in group order; `dead` where not forwarded."""
-    found: dict[Member, Tensor] = {}
-    for row, per_token in zip(rows, values, strict=True):
-        found.update(row.split(per_token))
-    for left_out, value in ((packing.masked, 0.0), (packing.dead, dead)):
-        for g, k in left_out:
-            length = len(groups[g].completion_ids[k])
-            found[Member(g, k)] = torch.full((length,), value, device=device)
-    return [found[member] for member in members(groups)]
 
 
 def step_metrics(

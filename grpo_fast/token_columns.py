@@ -18,10 +18,11 @@ from .loss_config import LossConfig
 from .outputs import StepOutput
 from .rows import Segments
 
-# What the loss made; no number where the token is not in it.
-_MADE = ("logprobs", "entropy", "ratio", "gradient_mass", "kl", "old_logprobs")
-# Those of the others that metrics are made of.
-_OF_METRICS = ("old_logprobs", "sampler_logprobs")
+# What the loss made, and what of the rest is a number only where the token is in it.
+_MADE = ("logprobs", "slope", "entropy", "ratio", "gradient_mass", "kl")
+_NUMBERS = {*_MADE, "old_logprobs"} - {"slope"}
+# What metrics are made of.
+_OF_METRICS = ("logprobs", "slope", "old_logprobs", "sampler_logprobs")
 
 
 class StepColumns(NamedTuple):
@@ -47,23 +48,21 @@ def step_columns(
     offsets = np.cumsum([0, *map(len, completions)], dtype=np.int64)
     ids, mask = _ids(completions, offsets[-1]), _mask(groups, offsets)
     tokens = output.tokens
-    made = {"logprobs": output.logprobs, "slope": tokens.slope}
-    if whole:
-        made |= {"entropy": output.entropy, "ratio": tokens.ratio}
-        made |= {"gradient_mass": tokens.gradient_mass}
-        made |= {} if tokens.kl is None else {"kl": tokens.kl}
-    none = torch.zeros(0, device=output.loss.device)
-    columns = {name: torch.cat([none, *parts]) for name, parts in made.items()}
-    for name in PER_TOKEN if whole else _OF_METRICS:
-        if all(getattr(group, name) is not None for group in groups):
-            columns[name] = _given(groups, name, columns["logprobs"])
+    wanted = (*_MADE, *PER_TOKEN) if whole else _OF_METRICS
+    columns = {name: getattr(tokens, name) for name in _MADE if name in wanted}
+    if tokens.kl is None:
+        columns.pop("kl", None)
+    for name in PER_TOKEN:
+        if name in wanted and all(getattr(group, name) is not None for group in groups):
+            columns[name] = _given(groups, name, tokens.logprobs)
     if whole and loss.top_entropy_quantile < 1:
         columns["keep"] = _kept(columns["entropy"], mask, offsets, tokens.rows, loss)
     arrays = _on_host(columns)
     slope = arrays.pop("slope")
     if not mask.all():
-        for name in arrays.keys() & set(_MADE):
-            arrays[name][~mask] = np.nan
+        # A copy, because on a CPU these are the output's own.
+        for name in arrays.keys() & _NUMBERS:
+            arrays[name] = np.where(mask, arrays[name], np.nan)
     weights = None
     if whole:
         dtype = columns["slope"].dtype

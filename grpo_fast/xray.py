@@ -36,8 +36,8 @@ MOST_BYTES = 5_500_000
 LEAST_STEPS = 3
 MOST_TEXT = 20_000
 ABSENT = (
-    "No token log in this run: log_tokens_mb was 0, or the log is of a trainer that does not write "
-    "one."
+    "No token log in this run: log_tokens_mb was 0, the log is of a trainer that does not write "
+    "one, or its lines have no token_ids."
 )
 # Browsers have no float16 yet.
 _STORED = {"float16": "float32", "float64": "float32", "int64": "int32", "bool": "uint8"}

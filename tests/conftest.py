@@ -20,6 +20,8 @@ if not HAS_GPU:
     # Read when a kernel is defined, so it must be there before the first import of one.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(2)
+# An assert in a module that tests share says what it compared, as one in a test does.
+pytest.register_assert_rewrite("loss_checks", "policy_loss_cases", "trl_training")
 
 # Of `world`.
 REWARD = '''

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -177,6 +178,14 @@ def test_an_end_pushed_down_by_a_reward_that_rises_is_no_alarm():
     assert doctor.findings["R10"].seen.evidence.endswith("since the start")
 
 
+def test_an_end_pushed_down_does_not_hide_what_pays_for_length():
+    rows, options = sick(next(f for f in FAULTS if f.name == "padding for reward"), 0)
+    alone = diagnose(rows, options).findings["R10"]
+    both = diagnose([row | {"push/eos": -1e-3} for row in rows], options).findings["R10"]
+    assert (both.severity, both.seen.evidence) == (alone.severity, alone.seen.evidence)
+    assert both.severity == "warning"
+
+
 def test_amplification_is_that_of_the_groups_that_teach():
     """One wide group does not hide 31 tiny ones, and eps bounds what a tiny std is blown up to."""
     rows = [
@@ -294,11 +303,16 @@ def test_steps_are_those_of_the_severity_that_is_named():
     assert found.steps[-1] == rows[-1]["step"]
 
 
-def test_a_step_costs_less_than_a_millisecond():
-    rows = healthy(0, 2000)
-    started = time.process_time()
-    diagnose(rows, CONFIG)
-    assert (time.process_time() - started) / len(rows) < 1e-3
+def test_a_late_step_costs_what_an_early_one_does():
+    """As a ratio, because machines differ: 1 to 1.7, and 6 with one rule that looks back on the
+    whole run."""
+    rows, doctor, seconds = healthy(0, 30_000), Doctor(CONFIG), []
+    for start in range(0, len(rows), 100):
+        started = time.process_time()
+        for row in rows[start : start + 100]:
+            doctor.feed(row)
+        seconds.append(time.process_time() - started)
+    assert statistics.median(seconds[-20:]) < 3 * statistics.median(seconds[5:25])
 
 
 def test_docs_have_the_rules_limits_and_the_measured_matrix():

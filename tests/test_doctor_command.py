@@ -202,17 +202,15 @@ def test_control_characters_of_a_log_do_not_reach_the_terminal(tmp_path, capsys)
     assert "\x1b" not in text
 
 
-def test_10_000_steps_take_seconds_and_no_torch(tmp_path):
+def test_10_000_steps_need_no_torch(tmp_path):
     folder = write(tmp_path / "run", healthy(0, 10_000))
     code = (
-        "import sys, time; from grpo_fast.doctor_command import main; t = time.process_time(); "
-        f"main([{str(folder)!r}]); print(time.process_time() - t, 'torch' in sys.modules)"
+        "import sys; from grpo_fast.doctor_command import main; "
+        f"main([{str(folder)!r}]); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, torch = done.stdout.split()[-2:]
-    # 1.7 on a shared core.
-    assert float(seconds) < 4
-    assert torch == "False"
+    assert "10001 rows to step 10000" in done.stdout
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_the_page_shows_findings_above_the_charts_and_escapes_them(tmp_path):

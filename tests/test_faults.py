@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from grpo_examples import arithmetic
+from grpo_fast import reward_checks
 from grpo_fast.cli import main, train_config
-from grpo_fast.doctor_rules import RULES
+from grpo_fast.doctor import Doctor
+from grpo_fast.doctor_rules import LIMITS, RULES
 from grpo_fast.faults import heard, read_faults
 from grpo_fast.rewards import load_rewards
 
@@ -47,6 +49,7 @@ def test_the_list_has_a_line_for_each_fault(capsys, arguments):
 def test_the_help_has_options_and_faults(capsys):
     assert main(["demo", "--help"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("usage: grpo-fast demo [--fault NAME]")
     assert "--group-size" in text
     assert "group-too-small" in text
 
@@ -105,12 +108,17 @@ def test_a_fault_runs_for_real_and_the_doctor_says_so(base, tmp_path, capsys, na
     assert main(["doctor", str(tmp_path / "run"), "--fail-on", "warning"]) == 1
 
 
-def test_recorded_runs_of_every_fault_are_found_within_25_steps_and_healthy_ones_are_silent():
+@pytest.fixture(scope="module")
+def matrix():
     """Real demos, trained by docs/doctor_matrix.py; what is missed stands in docs/doctor.md."""
     script = Path(__file__).resolve().parent.parent / "docs/doctor_matrix.py"
     spec = importlib.util.spec_from_file_location("doctor_matrix", script)
-    matrix = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(matrix)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recorded_runs_of_every_fault_are_found_within_25_steps_and_healthy_ones_are_silent(matrix):
     runs = matrix.outcomes()
     found = {
         (run.name, run.seed): run.alarms.get(FAULTS[run.name].rule, 99) <= 25
@@ -123,6 +131,20 @@ def test_recorded_runs_of_every_fault_are_found_within_25_steps_and_healthy_ones
     healthy = [run.alarms for run in runs if run.name == "healthy"]
     assert (len(healthy), [alarms for alarms in healthy if alarms]) == (20, [])
     assert matrix.RUNS.stat().st_size < 200_000
+
+
+def test_the_end_is_seen_pushed_down_where_length_is_paid_and_in_no_healthy_run(matrix):
+    seen = Counter()
+    for name, seed, rows in matrix.recorded():
+        if name not in ("length-explosion", "healthy"):
+            continue
+        doctor = Doctor(matrix.options(name, seed))
+        for row in rows:
+            doctor.feed(row)
+            if "push/eos" in row and reward_checks.end_pushed_down(doctor.run, LIMITS):
+                seen[name, seed] += 1
+    assert {name for name, _ in seen} == {"length-explosion"}
+    assert len(seen) == 5
 
 
 def test_a_healthy_run_closes_with_nothing_above_info(tmp_path):

@@ -122,7 +122,7 @@ def test_every_token_is_the_oracle_s(model, name, cut):
     made |= {"kl": "kl"} if policies else {}
     assert (output.tokens.kl is None) == (not policies)
     for ours, theirs in made.items():
-        found = getattr(output.tokens, ours)
+        found = getattr(output.tokens, ours).split(output.tokens.lengths)
         for k, (value, exact) in enumerate(zip(found, truth[theirs], strict=True)):
             if dead[k] and ours == "slope":
                 assert (value == 0).all(), f"completion {k} teaches nothing"
@@ -144,7 +144,9 @@ def test_four_fields_are_unpacked_as_ever(model):
     )
     assert loss is output.loss
     assert metrics is output.metrics
-    assert len(logprobs) == len(entropy) == len(output.tokens.ratio) == 9
+    assert len(logprobs) == len(entropy) == len(output.tokens.lengths) == 9
+    for parts, whole in ((logprobs, output.tokens.logprobs), (entropy, output.tokens.entropy)):
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_token_keeps_a_graph(model):

@@ -298,7 +298,12 @@ class GRPOTrainer(Host):
                     values[place] = value
         if not output.metrics["batch/microbatches_per_step"]:
             zero_gradients(model)
-        place = functools.partial(spread, rows=rows, like=inputs["completion_ids"])
+        like, lengths = inputs["completion_ids"], output.tokens.lengths
+
+        def place(values: Tensor | list[Tensor]) -> Tensor:
+            parts = values if isinstance(values, list) else values.split(lengths)
+            return spread(parts, rows, like)
+
         made = {"logprobs": place(output.logprobs), "entropy": place(output.entropy)}
         return delivered(output.loss), made | self._told(output.tokens, place)
 

@@ -50,10 +50,11 @@ def test_65_000_tokens_open_in_two_seconds(large, visit):
         page.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
         walls.append(time.perf_counter() - start)
         spent.append(processor_seconds(page))
-        assert page.locator("#xray-columns .t").count() >= 16 * CHUNK
+        # Not every token is drawn at once, which takes three times as long.
+        assert 16 * CHUNK <= page.locator("#xray-columns .t").count() < 32 * CHUNK
+    # On two shared cores 0.67 to 0.97 and 0.62 to 0.84 of 15 times.
     assert min(walls) < 2
-    # Measured 0.6 to 0.85; with every token drawn at once 1.6 to 2.7.
-    assert min(spent) < 1.3
+    assert min(spent) < 2
 
 
 def processor_seconds(page) -> float:
