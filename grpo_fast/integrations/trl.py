@@ -299,13 +299,9 @@ class GRPOTrainer(Host):
         if not output.metrics["batch/microbatches_per_step"]:
             zero_gradients(model)
         like, lengths = inputs["completion_ids"], output.tokens.lengths
-
-        def place(values: Tensor | list[Tensor]) -> Tensor:
-            parts = values if isinstance(values, list) else values.split(lengths)
-            return spread(parts, rows, like)
-
-        made = {"logprobs": place(output.logprobs), "entropy": place(output.entropy)}
-        return delivered(output.loss), made | self._told(output.tokens, place)
+        made = {name: spread(getattr(output, name), rows, like) for name in ("logprobs", "entropy")}
+        told = self._told(output.tokens, lambda x: spread(x.split(lengths), rows, like))
+        return delivered(output.loss), made | told
 
     def _told(self, tokens: TokenOutput | StepTokens, place: Callable) -> dict[str, Tensor]:
         """What TRL does not ask for: of each token, [B, C] by `place`, where somebody watches."""
