@@ -5,6 +5,7 @@ Shapes: `T` tokens of the row, `N` completion tokens in the loss, `S` completion
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -97,52 +98,84 @@ class _Builder:
 
     def __init__(self, groups: Sequence[Group]):
         self.groups = groups
-        self.ids: list[Tensor] = []
-        self.positions: list[Tensor] = []
-        self.predictors: list[Tensor] = []
+        self.ids: list[Sequence[int]] = []
+        self.positions: list[int] = []
+        """Of the first of `ids` each."""
+        self.predictors: list[tuple[int, int]] = []
+        """By completion: the state before it, its own first one."""
         self.members: list[Member] = []
         self.at = 0
 
     def lay(self, ids: Sequence[int], position: int) -> int:
         """Put tokens down, the first at `position` of its sequence: where they begin in the row."""
         begin = self.at
-        self.ids.append(torch.as_tensor(ids, dtype=torch.long))
-        self.positions.append(torch.arange(position, position + len(ids)))
+        self.ids.append(ids)
+        self.positions.append(position)
         self.at += len(ids)
         return begin
 
     def completion(self, g: int, k: int, first: int, begin: int) -> None:
         """Note one: state `first` predicts its first token, those from `begin` the others."""
-        count = len(self.groups[g].completion_ids[k])
-        self.predictors.append(torch.tensor([first]))
-        self.predictors.append(torch.arange(begin, begin + count - 1))
+        self.predictors.append((first, begin))
         self.members.append(Member(g, k))
 
     def row(self, layout: Layout, group_lengths: Sequence[int], device: torch.device) -> Row:
         groups, rows = self.groups, self.members
-        targets = [torch.as_tensor(groups[g].completion_ids[k]) for g, k in rows]
-        masks = []
-        for (g, k), ids in zip(rows, targets, strict=True):
-            known = groups[g].completion_masks
-            live = torch.ones(len(ids)) if known is None else torch.as_tensor(known[k])
-            masks.append(live.bool())
+        ids = [groups[g].completion_ids[k] for g, k in rows]
+        lengths = np.array([len(part) for part in ids])
+        ends = lengths.cumsum()
         values = {g: groups[g].advantage_values() for g in {g for g, _ in rows}}
-        none = torch.zeros(0, dtype=torch.long)
-        lengths = torch.tensor([0, *(len(ids) for ids in targets)])
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         return Row(
             members=rows,
-            input_ids=torch.cat([none, *self.ids])[None].to(device),
-            position_ids=torch.cat([none, *self.positions])[None].to(device),
+            input_ids=put(joined(self.ids, np.int64))[None],
+            position_ids=put(_ranges(self.positions, [len(part) for part in self.ids]))[None],
             layout=layout,
-            predictors=torch.cat(self.predictors).to(device),
-            targets=torch.cat(targets).to(device, torch.long),
-            mask=torch.cat(masks).to(device),
-            cu_seqlens=lengths.cumsum(0).to(device),
+            predictors=put(self._predictors(lengths, ends)),
+            targets=put(joined(ids, np.int64)),
+            mask=put(self._mask(lengths)),
+            cu_seqlens=put(np.append(0, ends)),
             advantages=torch.tensor([values[g][k] for g, k in rows], device=device),
             group_ids=torch.tensor([g for g, _ in rows], device=device),
             group_lengths=torch.tensor([group_lengths[g] for g, _ in rows], device=device),
             **{name: _gathered(groups, rows, name, device) for name in PER_TOKEN},
         )
+
+    def _predictors(self, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        firsts, begins = np.array(self.predictors).T
+        found = _ranges(begins - 1, lengths)
+        found[(ends - lengths)] = firsts
+        return found
+
+    def _mask(self, lengths: np.ndarray) -> np.ndarray:
+        known = [(self.groups[g].completion_masks, k) for g, k in self.members]
+        if all(masks is None for masks, _ in known):
+            return np.ones(lengths.sum(), bool)
+        return joined(
+            [
+                [1] * length if masks is None else masks[k]
+                for (masks, k), length in zip(known, lengths.tolist(), strict=True)
+            ],
+            bool,
+        )
+
+
+def joined(parts: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
+    """Lists or tensors, one after the other."""
+    if not any(isinstance(part, Tensor) for part in parts):
+        # An array a part takes twice as long.
+        return np.fromiter(chain.from_iterable(parts), dtype, sum(map(len, parts)))
+    arrays = [np.asarray(part.cpu() if isinstance(part, Tensor) else part) for part in parts]
+    return np.concatenate([np.zeros(0, dtype), *(array.astype(dtype) for array in arrays)])
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """`start, start + 1, ...` of each, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
 
 
 def _gathered(

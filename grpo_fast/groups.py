@@ -79,7 +79,8 @@ class Group:
         """Tokens of completion `k` in the loss."""
         if self.completion_masks is None:
             return len(self.completion_ids[k])
-        return int(torch.as_tensor(self.completion_masks[k]).sum())
+        mask = self.completion_masks[k]
+        return int(mask.sum() if isinstance(mask, Tensor) else sum(mask))
 
     def advantage_values(self) -> list[float]:
         """`advantages`, or `group_advantages(rewards)`."""

@@ -4,7 +4,7 @@ Shapes: `T` completion tokens of the step, in group order, `S` completions.
 """
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .aggregation import token_weights, top_entropy
-from .collate import PER_TOKEN
+from .collate import PER_TOKEN, joined
 from .groups import Group
 from .loss_config import LossConfig
 from .outputs import StepOutput
@@ -46,7 +46,7 @@ def step_columns(
     """
     completions = [ids for group in groups for ids in group.completion_ids]
     offsets = np.cumsum([0, *map(len, completions)], dtype=np.int64)
-    ids, mask = _ids(completions, offsets[-1]), _mask(groups, offsets)
+    ids, mask = joined(completions, np.int64), _mask(groups, offsets)
     tokens = output.tokens
     wanted = (*_MADE, *PER_TOKEN) if whole else _OF_METRICS
     columns = {name: getattr(tokens, name) for name in _MADE if name in wanted}
@@ -76,13 +76,6 @@ def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     values = [column.to(dtype) for column in columns.values()]
     table = values if values[0].device.type == "cpu" else torch.stack(values).cpu()
     return {name: column.numpy() for name, column in zip(columns, table, strict=True)}
-
-
-def _ids(parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    if all(isinstance(part, list) for part in parts):
-        # An array a completion takes twice as long.
-        return np.fromiter(chain.from_iterable(parts), np.int64, count)
-    return np.concatenate([np.zeros(0, np.int64), *(_array(part, np.int64) for part in parts)])
 
 
 def _mask(groups: Sequence[Group], offsets: np.ndarray) -> np.ndarray:
