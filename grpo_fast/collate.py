@@ -70,7 +70,9 @@ class GroupOrder(NamedTuple):
     def of(self, values: Sequence[Tensor], *, dead: float = torch.nan) -> Tensor:
         """[N] of each row -> [T]; 0 in completions that are masked, `dead` where not forwarded."""
         dtype = values[0].dtype if values else torch.float32
-        left_out = torch.tensor([0.0, dead], dtype=dtype, device=self.index.device)
+        left_out = torch.zeros(2, dtype=dtype, device=self.index.device)
+        # Filled there: a copy from here would wait for the device.
+        left_out[1:] = dead
         return torch.cat([*values, left_out])[self.index]
 
 
