@@ -4,7 +4,7 @@ Shapes: `T` completion tokens of the step, in group order, `S` completions.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .aggregation import token_weights, top_entropy
-from .collate import PER_TOKEN, joined
+from .collate import PER_TOKEN, joined, live_mask
 from .groups import Group
 from .loss_config import LossConfig
 from .outputs import StepOutput
@@ -46,7 +46,8 @@ def step_columns(
     """
     completions = [ids for group in groups for ids in group.completion_ids]
     offsets = np.cumsum([0, *map(len, completions)], dtype=np.int64)
-    ids, mask = joined(completions, np.int64), _mask(groups, offsets)
+    each = (group.completion_masks or [None] * len(group.completion_ids) for group in groups)
+    ids, mask = joined(completions, np.int64), live_mask([*chain(*each)], offsets)
     tokens = output.tokens
     wanted = (*_MADE, *PER_TOKEN) if whole else _OF_METRICS
     columns = {name: getattr(tokens, name) for name in _MADE if name in wanted}
@@ -76,22 +77,6 @@ def _on_host(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     values = [column.to(dtype) for column in columns.values()]
     table = values if values[0].device.type == "cpu" else torch.stack(values).cpu()
     return {name: column.numpy() for name, column in zip(columns, table, strict=True)}
-
-
-def _mask(groups: Sequence[Group], offsets: np.ndarray) -> np.ndarray:
-    """All 1 where not given."""
-    mask, at = np.ones(offsets[-1], bool), 0
-    for group in groups:
-        for k, part in enumerate(group.completion_masks or (), start=at):
-            # Nearly every one is 1 throughout, which a list knows faster than an array.
-            if not (isinstance(part, list) and part.count(1) == len(part)):
-                mask[offsets[k] : offsets[k + 1]] = _array(part, bool)
-        at += len(group.completion_ids)
-    return mask
-
-
-def _array(part: Sequence[int], dtype: type) -> np.ndarray:
-    return np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype)
 
 
 def _given(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:
